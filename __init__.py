@@ -1,0 +1,37 @@
+"""Isobit: LLM inference that returns the same bits for the same request.
+
+Importing this package imports neither torch nor a kernel library; names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .core.llm import LLM
+    from .core.outputs import CompletionOutput, RequestOutput, StreamChunk
+    from .sampling.params import SamplingParams
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "LLM": "core.llm",
+    "CompletionOutput": "core.outputs",
+    "RequestOutput": "core.outputs",
+    "StreamChunk": "core.outputs",
+    "SamplingParams": "sampling.params",
+}
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StreamChunk"]
+
+
+def __getattr__(name: str) -> object:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{module}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

@@ -1,0 +1,1 @@
+"""Attention backends: the contract, the matrix, the built-in ones."""

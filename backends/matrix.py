@@ -1,0 +1,205 @@
+"""Choosing a backend by the compatibility matrix, and resolving what was left open.
+
+A backend that was asked for by name is taken or refused with all reasons; ``"auto"`` walks a
+fixed order. Nothing that was asked for is overridden.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError
+from .capabilities import (
+    FEATURES,
+    BackendSpec,
+    Conditional,
+    Refusal,
+    Requirements,
+    Supported,
+    Unsupported,
+)
+from .rules import Installed, cell_for, installed_version, refusals
+
+if TYPE_CHECKING:
+    from ..plugins.manager import PluginHost, RegisteredBackend
+    from .base import AttentionBackend
+
+AUTO_ORDER = ("triton", "fa3", "flashinfer", "torch")
+"""The order in which ``"auto"`` tries backends; those not listed follow by name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Whether a feature is on, and why."""
+
+    value: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The backend that was taken.
+
+    rejected: by name, why those that ``"auto"`` tried before it were not taken
+    features: every feature of the requirements, resolved
+    """
+
+    spec: BackendSpec
+    distribution: str
+    version: str
+    rejected: Mapping[str, str]
+    features: Mapping[str, Resolved]
+
+
+class BackendRefusedError(ConfigError):
+    """The backend that was asked for cannot hold the rest of what was asked.
+
+    :param refusals: every reason.
+    """
+
+    def __init__(self, message: str, refusals: tuple[Refusal, ...]) -> None:
+        super().__init__(message)
+        self.refusals = refusals
+
+
+def select_backend(
+    name: str,
+    requirements: Requirements,
+    host: PluginHost,
+    *,
+    installed: Installed = installed_version,
+) -> Selection:
+    """The backend ``name``, or with ``"auto"`` the first of the order that holds what is asked.
+
+    :raises BackendRefusedError: the named backend cannot; with all reasons and who else could.
+    :raises ConfigError: no such backend, its plugin is broken, or with ``"auto"`` none can.
+    """
+    if name == "auto":
+        return _select_auto(requirements, host, installed)
+    backend = host.require(name)
+    reasons = objections(requirements, backend.spec, host, installed=installed)
+    if reasons:
+        able = [
+            other.spec.name
+            for other in host.backends().values()
+            if not objections(requirements, other.spec, host, installed=installed)
+        ]
+        raise BackendRefusedError(
+            f"attention backend {name!r} cannot serve what was asked:"
+            + _listed(reasons)
+            + f"\nBackends that could: {', '.join(able) or 'none'}.",
+            tuple(reasons),
+        )
+    return _selection(backend, requirements, {})
+
+
+def objections(
+    requirements: Requirements,
+    spec: BackendSpec,
+    host: PluginHost,
+    *,
+    installed: Installed = installed_version,
+) -> list[Refusal]:
+    """All reasons against ``spec``: what the rules refuse, then what the plugins veto."""
+    features = {
+        name: resolved.value for name, resolved in resolve_features(requirements, spec).items()
+    }
+    resolved = replace(requirements, features=features)
+    return refusals(requirements, spec, installed=installed) + host.check(resolved, spec)
+
+
+def resolve_features(requirements: Requirements, spec: BackendSpec) -> dict[str, Resolved]:
+    """Turn each feature of the requirements on or off; one that is asked for stays on."""
+    return {
+        feature: _resolve(feature, requirements, spec)
+        for feature in FEATURES
+        if feature in requirements.features
+    }
+
+
+def load_factory(spec: BackendSpec) -> type[AttentionBackend]:
+    """Import the backend's class; only now may its kernel library load.
+
+    :raises ConfigError: the factory cannot be imported or is no complete ``AttentionBackend``.
+    """
+    from .base import AttentionBackend
+
+    prefix = f"attention backend {spec.name!r}: its factory {spec.factory!r}"
+    module_name, colon, class_name = spec.factory.partition(":")
+    if not (module_name and colon and class_name):
+        raise ConfigError(f"{prefix} is not of the form 'package.module:Class'. Mend the plugin.")
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:
+        remedy = spec.install or "mend or reinstall the plugin"
+        raise ConfigError(
+            f"{prefix} cannot be imported: {type(error).__name__}: {error}. To mend it: {remedy}"
+        ) from error
+    factory = getattr(module, class_name, None)
+    if factory is None:
+        raise ConfigError(f"{prefix}: {module_name} has no {class_name}. Mend the plugin.")
+    if not (inspect.isclass(factory) and issubclass(factory, AttentionBackend)):
+        raise ConfigError(f"{prefix} is no subclass of AttentionBackend. Mend the plugin.")
+    if inspect.isabstract(factory):
+        missing = ", ".join(sorted(factory.__abstractmethods__))
+        raise ConfigError(f"{prefix} does not implement {missing}. Mend the plugin.")
+    return factory
+
+
+def _select_auto(requirements: Requirements, host: PluginHost, installed: Installed) -> Selection:
+    usable = host.backends()
+    rejected: dict[str, str] = {}
+    for name in _auto_names(host):
+        if name in usable:
+            reasons = objections(requirements, usable[name].spec, host, installed=installed)
+            if not reasons:
+                return _selection(usable[name], requirements, rejected)
+            rejected[name] = " ".join(map(str, reasons))
+        elif (reason := host.unavailable(name)) is not None:
+            rejected[name] = f"{reason}."
+    tried = "".join(f"\n- {name}: {reason}" for name, reason in rejected.items())
+    problems = "".join(f"\n- {problem}" for problem in host.problems())
+    raise ConfigError(
+        "no attention backend can serve what was asked."
+        + (tried or " None is installed.")
+        + (f"\nProblems with plugins:{problems}" if problems else "")
+    )
+
+
+def _auto_names(host: PluginHost) -> list[str]:
+    others = sorted({*host.backends(), *host.contested()} - set(AUTO_ORDER))
+    return [*AUTO_ORDER, *others]
+
+
+def _selection(
+    backend: RegisteredBackend, requirements: Requirements, rejected: Mapping[str, str]
+) -> Selection:
+    return Selection(
+        spec=backend.spec,
+        distribution=backend.distribution,
+        version=backend.version,
+        rejected=rejected,
+        features=resolve_features(requirements, backend.spec),
+    )
+
+
+def _resolve(feature: str, requirements: Requirements, spec: BackendSpec) -> Resolved:
+    asked = requirements.features[feature]
+    if asked is False:
+        return Resolved(False, "not asked for")
+    prefix = "asked for" if asked else "auto"
+    match cell_for(feature, requirements, spec):
+        case Supported():
+            return Resolved(True, f"{prefix}: supported")
+        case Conditional(constraint):
+            return Resolved(True, f"{prefix}: {constraint}")
+        case Unsupported(reason):
+            return Resolved(asked is True, f"{prefix}: {reason}")
+
+
+def _listed(reasons: list[Refusal]) -> str:
+    return "".join(f"\n- {reason}" for reason in reasons)

@@ -1,0 +1,159 @@
+"""The compatibility matrix as a table: for ``isobit backends``, its JSON and the documentation."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from .capabilities import (
+    FEATURES,
+    Cell,
+    Conditional,
+    Refusal,
+    Requirements,
+    Supported,
+    Unsupported,
+)
+from .matrix import objections
+from .rules import Installed, cell_for, describe_set, installed_version
+
+if TYPE_CHECKING:
+    from ..plugins.manager import PluginHost, RegisteredBackend
+
+Row = dict[str, Any]
+"""One backend, JSON-able; its keys are those that ``_row`` writes."""
+
+
+def matrix_rows(
+    host: PluginHost,
+    requirements: Requirements | None = None,
+    *,
+    installed: Installed = installed_version,
+) -> list[Row]:
+    """One row a usable backend, sorted by name.
+
+    With ``requirements``, cells say what holds under them and ``refusals`` lists all objections;
+    without, cells are as declared and ``refusals`` is ``None``.
+    """
+    return [_row(b, host, requirements, installed) for b in host.backends().values()]
+
+
+def text_table(rows: list[Row]) -> str:
+    """The matrix for a terminal: a column a backend, the reasons below."""
+    lines, notes = _grid(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    body = [
+        "  ".join(f"{text:{width}}" for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*body, *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """The matrix for the documentation: a column a backend, the reasons below."""
+    lines, notes = _grid(rows)
+    escaped = [[text.replace("|", r"\|") for text in line] for line in lines]
+    body = [f"| {' | '.join(line)} |" for line in escaped]
+    rule = f"|{' --- |' * len(lines[0])}"
+    footer = ["", *(f"- [{i}] {note}" for i, note in enumerate(notes, 1))] if notes else []
+    return "\n".join([body[0], rule, *body[1:], *footer])
+
+
+def _row(
+    backend: RegisteredBackend,
+    host: PluginHost,
+    requirements: Requirements | None,
+    installed: Installed,
+) -> Row:
+    spec, offers = backend.spec, backend.spec.capabilities
+    reasons = None
+    if requirements is not None:
+        reasons = objections(requirements, spec, host, installed=installed)
+    lowest = offers.compute_capability
+    return {
+        "backend": spec.name,
+        "plugin": backend.plugin,
+        "distribution": backend.distribution,
+        "version": backend.version,
+        "api": spec.api,
+        "requires": list(spec.requires),
+        "devices": sorted(offers.devices),
+        "compute_capability": None if lowest is None else list(lowest),
+        "dtypes": sorted(offers.dtypes),
+        "head_dims": None if offers.head_dims is None else sorted(offers.head_dims),
+        "page_sizes": None if offers.page_sizes is None else sorted(offers.page_sizes),
+        "deterministic": offers.deterministic,
+        "chunk_invariant": offers.chunk_invariant,
+        "alignment": offers.alignment,
+        "decode_equals_prefill": offers.decode_equals_prefill,
+        "features": {
+            name: _cell(cell_for(name, requirements, spec) if requirements else offers.cell(name))
+            for name in FEATURES
+        },
+        "refusals": None if reasons is None else [asdict(reason) for reason in reasons],
+    }
+
+
+def _cell(cell: Cell) -> dict[str, str]:
+    match cell:
+        case Supported():
+            return {"state": "supported", "why": ""}
+        case Conditional(constraint):
+            return {"state": "conditional", "why": constraint}
+        case Unsupported(reason):
+            return {"state": "unsupported", "why": reason}
+
+
+def _grid(rows: list[Row]) -> tuple[list[list[str]], list[str]]:
+    """The table's lines, heading first, and the notes that its cells point to."""
+    notes: list[str] = []
+    lines = [
+        ["", *(row["backend"] for row in rows)],
+        ["from", *(row["distribution"] for row in rows)],
+        ["requires", *(", ".join(row["requires"]) or "nothing" for row in rows)],
+        ["devices", *(_devices(row) for row in rows)],
+        *(
+            [name, *(_set(row[name]) for row in rows)]
+            for name in ("dtypes", "head_dims", "page_sizes")
+        ),
+        *(
+            [name, *("yes" if row[name] else "no" for row in rows)]
+            for name in ("deterministic", "chunk_invariant", "decode_equals_prefill")
+        ),
+        ["alignment", *(str(row["alignment"]) for row in rows)],
+        *([name, *(_feature(name, row, notes) for row in rows)] for name in FEATURES),
+    ]
+    if any(row["refusals"] is not None for row in rows):
+        lines.append(["serves what is asked", *(_verdict(row, notes) for row in rows)])
+    return lines, notes
+
+
+def _devices(row: Row) -> str:
+    lowest = row["compute_capability"]
+    suffix = f" (compute capability {lowest[0]}.{lowest[1]} and up)" if lowest else ""
+    return ", ".join(row["devices"]) + suffix
+
+
+def _set(values: list[int] | list[str] | None) -> str:
+    return describe_set(None if values is None else frozenset(values))
+
+
+def _feature(name: str, row: Row, notes: list[str]) -> str:
+    cell = row["features"][name]
+    word = {"supported": "yes", "conditional": "yes", "unsupported": "no"}[cell["state"]]
+    return word + _point(f"{row['backend']}, {name}: {cell['why']}" if cell["why"] else "", notes)
+
+
+def _verdict(row: Row, notes: list[str]) -> str:
+    if not row["refusals"]:
+        return "yes"
+    reasons = [f"{row['backend']}: {Refusal(**refusal)}" for refusal in row["refusals"]]
+    return "no" + "".join(_point(reason, notes) for reason in reasons)
+
+
+def _point(note: str, notes: list[str]) -> str:
+    """Add a note and return its mark; the empty note has none."""
+    if not note:
+        return ""
+    notes.append(note)
+    return f" [{len(notes)}]"

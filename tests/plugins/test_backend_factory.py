@@ -1,0 +1,59 @@
+"""Loading the class that a spec names, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+
+from isobit.backends.base import AttentionBackend
+from isobit.backends.matrix import load_factory
+from isobit.errors import ConfigError
+
+
+class Complete(AttentionBackend):
+    def plan(self, batch):
+        return batch
+
+    def run(self, q, k, v, layer, plan, out):
+        out.copy_(q)
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> str:
+    made = ModuleType("toy_factories")
+    made.Complete = Complete
+    made.Incomplete = type("Incomplete", (AttentionBackend,), {"plan": Complete.plan})
+    made.Stranger = dict
+    made.function = Complete.plan
+    monkeypatch.setitem(sys.modules, made.__name__, made)
+    return made.__name__
+
+
+def test_a_factory_is_loaded(make_spec, module):
+    assert load_factory(make_spec(factory=f"{module}:Complete")) is Complete
+
+
+@pytest.mark.parametrize(
+    ("factory", "said"),
+    [
+        ("toy_factories", "not of the form 'package.module:Class'"),
+        ("toy_factories:", "not of the form"),
+        ("surely_missing:Toy", "cannot be imported: ModuleNotFoundError.*pip install toy"),
+        ("toy_factories:Missing", "toy_factories has no Missing"),
+        ("toy_factories:Stranger", "no subclass of AttentionBackend"),
+        ("toy_factories:function", "no subclass of AttentionBackend"),
+        ("toy_factories:Incomplete", "does not implement run"),
+    ],
+)
+def test_a_factory_that_cannot_be_used_says_so(make_spec, module, factory, said):
+    with pytest.raises(ConfigError, match=said):
+        load_factory(make_spec(factory=factory, install="pip install toy"))
+
+
+def test_a_factory_module_that_exits_is_a_config_error(make_spec, tmp_path, monkeypatch):
+    (tmp_path / "exiting_factory.py").write_text("raise SystemExit('no GPU')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match="SystemExit: no GPU"):
+        load_factory(make_spec(factory="exiting_factory:Toy"))
