@@ -1,0 +1,1 @@
+"""The KV cache: pages, the radix tree over them, the tensors."""

@@ -1,0 +1,27 @@
+"""The tensors behind the pages: one K and one V per layer, in the backend's own shape."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..backends.base import AttentionBackend, LayerCache
+
+
+def bytes_per_page(backend: AttentionBackend) -> int:
+    """Bytes that one page takes over all layers, K and V together."""
+    config = backend.config
+    values = math.prod(backend.kv_cache_shape(1))
+    return 2 * config.num_layers * values * config.dtype.itemsize
+
+
+def allocate_layers(backend: AttentionBackend, num_pages: int) -> list[LayerCache]:
+    """One uninitialised cache a layer; nothing may rely on what it holds."""
+    config = backend.config
+    shape = backend.kv_cache_shape(num_pages)
+
+    def tensor() -> torch.Tensor:
+        return torch.empty(shape, dtype=config.dtype, device=config.device)
+
+    return [LayerCache(index, tensor(), tensor()) for index in range(config.num_layers)]

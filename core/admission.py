@@ -1,0 +1,80 @@
+"""The scheduler's limits, and the refusal of requests that could never be served under them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..cache.pages import PagePool
+from ..errors import ConfigError, RequestError
+from .request import Request
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of a step and promises of the backend.
+
+    max_num_seqs:           requests running at once at most
+    max_num_batched_tokens: tokens in one step at most
+    max_model_len:          prompt plus output of a request at most
+    chunked_prefill:        a prompt may be computed in several steps
+    alignment:              a chunk ends at a multiple of this many tokens, or with the prompt
+    decode_equals_prefill:  known outputs may be recomputed by prefill after a preemption
+
+    :raises ConfigError: a limit below 1, or an alignment that no chunk could reach.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    chunked_prefill: bool = True
+    alignment: int = 1
+    decode_equals_prefill: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "alignment"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} was {getattr(self, name)}; wanted at least 1.")
+        if self.chunked_prefill and self.alignment > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_batched_tokens was {self.max_num_batched_tokens}, but chunks end at "
+                f"multiples of {self.alignment} tokens. Pass at least {self.alignment}."
+            )
+
+
+def check_admissible(request: Request, config: SchedulerConfig, pool: PagePool) -> None:
+    """Check that ``request``, alone on an idle engine, would run to its end.
+
+    :raises RequestError: it would not; the message says what was given, the limit, the remedy.
+    """
+    prompt = request.num_prompt_tokens
+    if prompt == 0:
+        raise RequestError("the prompt has no tokens; wanted at least 1. Give it some text.")
+    if prompt >= config.max_model_len:
+        raise RequestError(
+            f"the prompt has {prompt} tokens; max_model_len {config.max_model_len} leaves room for "
+            f"at most {config.max_model_len - 1} and one output token. Shorten the prompt, or "
+            "start the engine with a larger max_model_len."
+        )
+    room = config.max_model_len - prompt
+    max_tokens = room if request.params.max_tokens is None else request.params.max_tokens
+    if max_tokens > room:
+        raise RequestError(
+            f"the prompt has {prompt} tokens and max_tokens is {max_tokens}, together "
+            f"{prompt + max_tokens}; max_model_len is {config.max_model_len}. Lower max_tokens to "
+            f"{room} or shorten the prompt, or start the engine with a larger max_model_len."
+        )
+    if not config.chunked_prefill and prompt > config.max_num_batched_tokens:
+        raise RequestError(
+            f"the prompt has {prompt} tokens; without chunked prefill a step takes at most "
+            f"max_num_batched_tokens = {config.max_num_batched_tokens}. Shorten the prompt, or "
+            "start the engine with a larger max_num_batched_tokens or with chunked_prefill=True."
+        )
+    # The last sampled token ends the request and is never computed, so it takes no slot.
+    stored = prompt + max_tokens - 1
+    pages = pool.pages_for(stored)
+    if pages > pool.num_pages:
+        raise RequestError(
+            f"{prompt} prompt tokens and up to {max_tokens} output tokens take {pages} KV pages "
+            f"of {pool.page_size} tokens; the cache has {pool.num_pages}. Lower max_tokens or "
+            "shorten the prompt, or start the engine with a larger kv_cache_memory."
+        )

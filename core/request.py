@@ -1,0 +1,81 @@
+"""A request on its way through the engine, as plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from ..cache.radix import RadixNode
+from ..sampling.params import SamplingParams
+from ..sampling.stopping import FinishReason
+
+
+class RequestStatus(Enum):
+    """Where a request stands; ``FINISHED`` is final."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One choice of one prompt (``n`` choices are ``n`` requests that share a prompt).
+
+    ``num_computed_tokens`` counts the tokens whose K and V are in the cache; the request's pages,
+    in order, are ``page_ids``. ``num_cached_tokens`` is how many of the prompt's tokens came from
+    the prefix cache at first admission. ``arrival`` orders requests first come, first served; the
+    scheduler gives it out.
+
+    Tokens below ``prefill_end`` are computed by prefill, those from there on by decoding, one a
+    step; it is set at each admission. Of the tokens below ``num_scored_tokens`` every logit row
+    was computed at some time, also before a preemption. ``lock`` holds the radix path whose pages
+    ``page_ids`` begins with; the pages after those are the request's own.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    arrival: int = 0
+    choice: int = 0
+    output_token_ids: list[int] = field(default_factory=list)
+    status: RequestStatus = RequestStatus.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    num_computed_tokens: int = 0
+    num_cached_tokens: int | None = None
+    num_scored_tokens: int = 0
+    prefill_end: int = 0
+    num_preemptions: int = 0
+    page_ids: list[int] = field(default_factory=list)
+    lock: RadixNode | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether the next token to compute is computed by a decode step."""
+        return self.num_computed_tokens >= self.prefill_end
+
+    @property
+    def running(self) -> bool:
+        return self.status is RequestStatus.RUNNING
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def token_slice(self, start: int, stop: int) -> list[int]:
+        """Tokens ``start … stop - 1`` of prompt and output together."""
+        prompt = len(self.prompt_token_ids)
+        if stop <= prompt:
+            return self.prompt_token_ids[start:stop]
+        if start >= prompt:
+            return self.output_token_ids[start - prompt : stop - prompt]
+        return self.prompt_token_ids[start:] + self.output_token_ids[: stop - prompt]
