@@ -16,6 +16,7 @@ setup(
             # compiler turn a choice between two values into a vector select.
             extra_compile_args=[
                 "-O3",
+                "-g0",
                 "-fopenmp",
                 "-ffp-contract=off",
                 "-fno-math-errno",

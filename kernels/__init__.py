@@ -1,0 +1,1 @@
+"""One file an op: its contract, its torch path, its native path."""

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from isobit.errors import ConfigError
+from isobit.kernels.dispatch import load_kernels, unavailable_reason
+from isobit.kernels.native import library
+
+
+def test_auto_prefers_native():
+    expected = "native" if unavailable_reason("native") is None else "torch"
+    assert load_kernels().name == expected
+    assert load_kernels("torch").name == "torch"
+
+
+def test_auto_on_another_device_is_torch():
+    assert load_kernels("auto", torch.device("meta")).name == "torch"
+    with pytest.raises(ConfigError, match="CPU only"):
+        load_kernels("native", torch.device("meta"))
+
+
+def test_unknown_provider_names_the_known_ones():
+    with pytest.raises(ConfigError, match=r"'mkl'.*'native', 'torch' and 'auto'"):
+        load_kernels("mkl")
+
+
+def test_missing_library_is_explained(monkeypatch):
+    library.library.cache_clear()
+    library.unavailable_reason.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda *_: None)
+    try:
+        assert "C compiler" in (unavailable_reason("native") or "")
+        assert load_kernels("auto").name == "torch"
+        with pytest.raises(ConfigError, match="kernels='native' cannot be used"):
+            load_kernels("native")
+    finally:
+        library.library.cache_clear()
+        library.unavailable_reason.cache_clear()
+
+
+def test_unknown_instruction_set():
+    if unavailable_reason("native") is not None:
+        pytest.skip(str(unavailable_reason("native")))
+    before = library.active_isa()
+    assert not library.set_isa("sse9")
+    assert library.active_isa() == before
