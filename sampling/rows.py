@@ -1,0 +1,44 @@
+"""What the sampler is told about each row of logits, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from .params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingRow:
+    """One request that samples its next token.
+
+    seed:     the request's own, or the engine's where it has none
+    choice:   index of the choice among the request's ``n``
+    position: absolute position of the token being sampled (prompt length + tokens so far)
+    prompt_token_ids, output_token_ids: what penalties and ``min_tokens`` look at
+    eos_token_ids: the model's end-of-sequence tokens
+    """
+
+    params: SamplingParams
+    seed: int
+    choice: int
+    position: int
+    prompt_token_ids: Sequence[int]
+    output_token_ids: Sequence[int]
+    eos_token_ids: Collection[int]
+
+
+@dataclass(frozen=True, slots=True)
+class SampledRow:
+    """One token and what the model itself thought of it.
+
+    ``logprob`` and ``top`` are of the model's own distribution: no temperature, no penalties, no
+    filters. Tokens are ranked by raw logit, ties by lowest id. ``rank`` is the token's place, 1 for
+    the likeliest, and ``None`` where no logprobs were asked for. ``top`` holds (token id, logprob)
+    of ranks 1, 2, …
+    """
+
+    token_id: int
+    logprob: float
+    rank: int | None
+    top: tuple[tuple[int, float], ...]

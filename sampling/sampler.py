@@ -1,0 +1,147 @@
+"""From logits to tokens, by the Gumbel-max trick.
+
+A token is ``argmax(log_softmax(edited logits / temperature) + noise)`` over the tokens that the
+request's filters keep. Gumbel noise is keyed by (seed, choice, position) and *vocabulary id*: a
+token's noise is the same whatever is sorted, filtered or batched beside it. Ties go to the lowest
+id. Temperature 0 is the argmax of the edited logits, which no filter could change.
+
+Order, as in vLLM: ``logit_edits`` (bias, ``min_tokens``, penalties), temperature, ``filters``
+(min-p, top-k, top-p). Every operation on a row gives the bits it would give to that row alone: the
+kernels by contract, the rest because elementwise arithmetic, comparisons, maxima and integer counts
+do not depend on shape or threads. No global random generator is read or set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+from ..kernels.kernel_set import KernelSet
+from .filters import first_ids, has_filters, kept_ids
+from .logit_edits import edit_logits, edits_logits
+from .rows import SampledRow, SamplingRow
+
+__all__ = ["SampledRow", "SamplingRow", "sample", "score_prompt"]
+
+
+def sample(logits: Tensor, rows: Sequence[SamplingRow], kernels: KernelSet) -> list[SampledRow]:
+    """Draw the next token of every row and report its logprobs.
+
+    logits: fp32 ``[R, V]``, row ``i`` belongs to ``rows[i]``; left unchanged
+
+    :raises EngineError: where a row holds NaN or +inf, or no possible token.
+    """
+    if not rows:
+        return []
+    _refuse_bad(logits)
+    logprobs = kernels.log_softmax(logits)
+    token_ids = _choose(logits, logprobs, rows, kernels)
+    return _report(logits, logprobs, token_ids, [row.params.logprobs for row in rows])
+
+
+def score_prompt(
+    logits: Tensor, targets: Sequence[int], num_top: Sequence[int | None], kernels: KernelSet
+) -> list[SampledRow]:
+    """Report given tokens exactly as ``sample`` reports those it draws.
+
+    logits:  fp32 ``[R, V]``; row ``i`` predicts ``targets[i]``
+    num_top: how many of the likeliest tokens to list per row; None leaves the rank out too
+
+    :raises EngineError: where a row holds NaN or +inf.
+    """
+    if not targets:
+        return []
+    _refuse_bad(logits)
+    return _report(logits, kernels.log_softmax(logits), targets, num_top)
+
+
+def _choose(
+    logits: Tensor, logprobs: Tensor, rows: Sequence[SamplingRow], kernels: KernelSet
+) -> list[int]:
+    edited = {i for i, row in enumerate(rows) if edits_logits(row)}
+    if edited:
+        logits = logits.clone()
+        for i in edited:
+            edit_logits(logits[i], rows[i])
+    chosen = _argmax(logits)
+    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+    if drawn:
+        tempered = logprobs[drawn]
+        # A row with neither edits nor temperature keeps the log-softmax that it already has.
+        warm = [j for j, i in enumerate(drawn) if i in edited or rows[i].params.temperature != 1.0]
+        if warm:
+            tempered[warm] = _tempered(logits, [drawn[j] for j in warm], rows, kernels)
+        scores = tempered + _noise([rows[i] for i in drawn], logits, kernels)
+        for j, i in enumerate(drawn):
+            if has_filters(rows[i].params):
+                ids = kept_ids(logits[i], tempered[j], rows[i].params)
+                scores[j] = torch.full_like(scores[j], -torch.inf).scatter(0, ids, scores[j][ids])
+        chosen[drawn] = _argmax(scores)
+    token_ids: list[int] = chosen.tolist()
+    return token_ids
+
+
+def _tempered(
+    logits: Tensor, which: list[int], rows: Sequence[SamplingRow], kernels: KernelSet
+) -> Tensor:
+    """log_softmax(logits / temperature) of some rows."""
+    # A tensor divisor: by a plain number, torch may multiply by its rounded reciprocal instead.
+    temperatures = logits.new_tensor([[rows[i].params.temperature] for i in which])
+    return kernels.log_softmax(logits[which] / temperatures)
+
+
+def _noise(rows: Sequence[SamplingRow], logits: Tensor, kernels: KernelSet) -> Tensor:
+    """Gumbel noise, fp32 ``[len(rows), V]``."""
+    keys = torch.tensor([[row.seed, row.choice, row.position] for row in rows], dtype=torch.int64)
+    seeds, choices, positions = keys.to(logits.device).unbind(1)
+    return kernels.gumbel(seeds, choices, positions, logits.shape[1])
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """int64 ``[R]``: the highest of each row; torch documents the first of equals."""
+    token_ids = scores.argmax(dim=1)
+    best = scores.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    for i in (~best.isfinite()).nonzero().flatten().tolist():
+        raise EngineError(
+            f"Row {i} leaves no token to choose: its best score is {best[i].item()}. Either "
+            "min_tokens rules out the whole vocabulary, or the logits overflowed."
+        )
+    return token_ids
+
+
+def _refuse_bad(logits: Tensor) -> None:
+    highest = logits.amax(dim=1)  # NaN where the row holds one
+    for i in (~highest.isfinite()).nonzero().flatten().tolist():
+        raise EngineError(
+            f"Row {i} of the logits is not usable: wanted finite values (or -inf for impossible "
+            f"tokens), its maximum is {highest[i].item()}. The model or its weights produced it."
+        )
+
+
+def _report(
+    logits: Tensor, logprobs: Tensor, token_ids: Sequence[int], num_top: Sequence[int | None]
+) -> list[SampledRow]:
+    index = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
+    own = logprobs.gather(1, index.unsqueeze(1)).squeeze(1).tolist()
+    report = []
+    for i, (token_id, count) in enumerate(zip(token_ids, num_top, strict=True)):
+        rank = None if count is None else _rank(logits[i], token_id)
+        top = _top(logits[i], logprobs[i], count) if count else ()
+        report.append(SampledRow(token_id, own[i], rank, top))
+    return report
+
+
+def _rank(logits: Tensor, token_id: int) -> int:
+    """1 + the tokens with a higher logit, or an equal one and a lower id."""
+    value = logits[token_id]
+    before = torch.count_nonzero(logits[:token_id] >= value)
+    return 1 + int(before + torch.count_nonzero(logits[token_id + 1 :] > value))
+
+
+def _top(logits: Tensor, logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """(token id, logprob) of the ``count`` highest logits, ties by lowest id."""
+    ids = first_ids(logits, count)
+    return tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))
