@@ -1,0 +1,1 @@
+"""The engine: configuration, scheduling, running a step, the embedding API."""

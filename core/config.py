@@ -1,0 +1,120 @@
+"""The engine's options, checked on their own; what depends on the model is checked at start-up."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import ConfigError
+from ..sampling.strict import refuse_unknown
+
+Toggle = bool | Literal["auto"]
+
+_MEMORY_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@refuse_unknown
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything ``LLM`` accepts.
+
+    :param model: ``"smollm2"`` (the packaged model), a Hugging Face folder, or, with
+        ``load_format="random"``, the name of a built-in shape.
+    :param attention_backend: a backend's name, or ``"auto"``: the first that holds what is asked.
+    :param deterministic: hold every invariance. ``False`` lifts the constraints: kernels and
+        backends may choose their reduction order by the batch.
+    :param dtype: ``"float32"``, ``"bfloat16"`` or ``"auto"``: the checkpoint's where the backend
+        offers it, else float32.
+    :param device: ``"cpu"``.
+    :param sampling_seed: the seed of requests that bring none.
+    :param max_num_seqs: requests in one step at most.
+    :param max_num_batched_tokens: tokens in one step at most (the chunked-prefill budget).
+    :param max_model_len: prompt plus output at most; ``None`` takes the model's own limit.
+    :param page_size: tokens in a KV page, 1 to 256.
+    :param kv_cache_memory: bytes for the KV cache, or a string such as ``"2GiB"``; ``None`` takes
+        what ``max_num_seqs`` requests of full length need, at most 4 GiB and 30% of free memory.
+    :param chunked_prefill: compute long prompts in several steps, mixed with decoding.
+    :param radix_cache: reuse prefixes of earlier requests.
+    :param cuda_graph: capture and replay CUDA graphs.
+    :param load_format: ``"auto"`` (safetensors) or ``"random"`` (from a config alone).
+    :param load_seed: seed of random weights.
+    :param kernels: ``"native"``, ``"torch"``, ``"auto"``; or ``"library"``, torch's own default
+        kernels, which hold no contract and need ``deterministic=False``.
+    :param disable_plugins: entry-point names that are not loaded.
+    :param strict_plugins: any broken plugin is an error, also one that nobody asked for.
+    :raises ConfigError: an option out of its range.
+    """
+
+    model: str
+    attention_backend: str = "auto"
+    deterministic: bool = True
+    dtype: str = "auto"
+    device: str = "cpu"
+    sampling_seed: int = 42
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int | None = None
+    page_size: int = 16
+    kv_cache_memory: int | str | None = None
+    chunked_prefill: Toggle = "auto"
+    radix_cache: Toggle = "auto"
+    cuda_graph: Toggle = "auto"
+    load_format: str = "auto"
+    load_seed: int = 0
+    kernels: str = "auto"
+    disable_plugins: tuple[str, ...] = ()
+    strict_plugins: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        _one_of("device", self.device, ("cpu",))
+        _one_of("load_format", self.load_format, ("auto", "random"))
+        _one_of("kernels", self.kernels, ("auto", "native", "torch", "library"))
+        for name in ("chunked_prefill", "radix_cache", "cuda_graph"):
+            _one_of(name, getattr(self, name), (True, False, "auto"))
+        for name, low, high in (
+            ("max_num_seqs", 1, 2**16),
+            ("max_num_batched_tokens", 1, 2**20),
+            ("page_size", 1, 256),
+            ("sampling_seed", -(2**63), 2**63 - 1),
+            ("load_seed", -(2**63), 2**63 - 1),
+        ):
+            _in_range(name, getattr(self, name), low, high)
+        if self.max_model_len is not None:
+            _in_range("max_model_len", self.max_model_len, 2, 2**24)
+        if self.kv_cache_memory is not None:
+            parse_memory(self.kv_cache_memory)
+        if self.kernels == "library" and self.deterministic:
+            raise ConfigError(
+                "kernels='library' was asked for together with deterministic=True, but torch's "
+                "default kernels keep no contract. Pass deterministic=False, or kernels='auto'."
+            )
+
+
+def parse_memory(value: int | str) -> int:
+    """Bytes of ``1073741824``, ``"1GiB"``, ``"512 MB"`` (units are powers of 1024).
+
+    :raises ConfigError: not a positive amount of memory.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", value, re.IGNORECASE)
+        if match and float(match[1]) > 0:
+            return int(float(match[1]) * _MEMORY_UNITS[match[2].upper()])
+    raise ConfigError(
+        f"kv_cache_memory was {value!r}; wanted a positive number of bytes or a string such as "
+        "'2GiB'. Leave it out to have it chosen."
+    )
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
+        wanted = ", ".join(repr(a) for a in allowed)
+        raise ConfigError(f"{name} was {value!r}; wanted one of {wanted}.")
+
+
+def _in_range(name: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(f"{name} was {value!r}; wanted a whole number from {low} to {high}.")

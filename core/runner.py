@@ -1,0 +1,192 @@
+"""Runs one scheduled step: tensors in, sampled tokens and logprobs out.
+
+The split in ``prepare`` (host), ``forward`` (device) and ``sample`` is the one a captured graph
+and a host that schedules ahead need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..backends.base import AttentionBackend, Batch, LayerCache
+from ..kernels.kernel_set import KernelSet
+from ..models.decoder import Decoder
+from ..sampling.sampler import SampledRow, SamplingRow, sample, score_prompt
+from .request import Request
+from .scheduler import ScheduledSeq, Step
+
+_LOGITS_ROWS = 256
+"""Rows of logits held at once: what prompt scoring needs beyond is computed piece by piece."""
+
+RowOwners = list[tuple[Request, int]]
+"""For every packed row: its request and its absolute position."""
+
+Observer = Callable[[str, Tensor, RowOwners], None]
+"""Called after every op with its name, its packed rows and who owns them."""
+
+
+@dataclass(slots=True)
+class SeqResult:
+    """What a step found out for one sequence.
+
+    ``prompt_rows[i]`` scores the prompt token at position ``start + 1 + i``.
+    """
+
+    sampled: SampledRow | None = None
+    prompt_rows: list[SampledRow] = field(default_factory=list)
+
+
+class Runner:
+    """A model with its backend, caches and kernels.
+
+    ``observer`` is None except while ``verify`` looks for the first op where two runs part.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        backend: AttentionBackend,
+        layers: Sequence[LayerCache],
+        kernels: KernelSet,
+        sampling_seed: int,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self.decoder = decoder
+        self.backend = backend
+        self.layers = layers
+        self.kernels = kernels
+        self.sampling_seed = sampling_seed
+        self.eos_token_ids = eos_token_ids
+        self.observer: Observer | None = None
+
+    @torch.inference_mode()
+    def execute(self, step: Step) -> list[SeqResult]:
+        """Run the step; one result for each of ``step.seqs``, in order."""
+        batch = self.prepare(step.seqs)
+        owners = _row_owners(step.seqs) if self.observer else []
+        hidden = self.forward(batch, owners)
+        return self._finish(step.seqs, hidden, owners)
+
+    def prepare(self, seqs: Sequence[ScheduledSeq]) -> Batch:
+        """The packed index tensors of a step."""
+        page_size = self.backend.config.page_size
+        tokens: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for seq in seqs:
+            stop = seq.start + seq.num_tokens
+            tokens += seq.request.token_slice(seq.start, stop)
+            positions += range(seq.start, stop)
+            pages = seq.request.page_ids
+            slots += [
+                pages[p // page_size] * page_size + p % page_size for p in range(seq.start, stop)
+            ]
+        query_lens = [seq.num_tokens for seq in seqs]
+        kv_lens = [seq.start + seq.num_tokens for seq in seqs]
+        page_counts = [-(-length // page_size) for length in kv_lens]
+        width = max(page_counts)
+        table = [
+            seq.request.page_ids[:count] + [0] * (width - count)
+            for seq, count in zip(seqs, page_counts, strict=True)
+        ]
+        device = self.backend.config.device
+        starts = [0]
+        for length in query_lens:
+            starts.append(starts[-1] + length)
+        return Batch(
+            token_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
+            positions=torch.tensor(positions, dtype=torch.int64, device=device),
+            slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+            cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(kv_lens, dtype=torch.int32, device=device),
+            block_table=torch.tensor(table, dtype=torch.int32, device=device),
+            query_lens=query_lens,
+            kv_lens=kv_lens,
+            num_decodes=sum(seq.is_decode for seq in seqs),
+        )
+
+    def forward(self, batch: Batch, owners: RowOwners) -> Tensor:
+        """Hidden states ``[T, hidden]`` after the final norm; K and V land in the cache."""
+        plan = self.backend.plan(batch)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = torch.empty_like(q)
+            self.backend.run(q, k, v, self.layers[layer], plan, out)
+            return out
+
+        self._observe(owners)
+        return self.decoder.forward(batch.token_ids, batch.positions, attend)
+
+    def _finish(
+        self, seqs: Sequence[ScheduledSeq], hidden: Tensor, owners: RowOwners
+    ) -> list[SeqResult]:
+        results = [SeqResult() for _ in seqs]
+        sampling_rows: list[int] = []
+        row = 0
+        for seq, result in zip(seqs, results, strict=True):
+            if _scored_rows(seq):
+                result.prompt_rows = self._score(seq, hidden, row, owners)
+            row += seq.num_tokens
+            if seq.samples:
+                sampling_rows.append(row - 1)
+        if sampling_rows:
+            self._observe([owners[r] for r in sampling_rows] if owners else [])
+            logits = self.decoder.logits(hidden[sampling_rows])
+            sampling = [(seq, res) for seq, res in zip(seqs, results, strict=True) if seq.samples]
+            sampled = sample(logits, [self._sampling_row(seq) for seq, _ in sampling], self.kernels)
+            for (_, result), token in zip(sampling, sampled, strict=True):
+                result.sampled = token
+        return results
+
+    def _score(
+        self, seq: ScheduledSeq, hidden: Tensor, first_row: int, owners: RowOwners
+    ) -> list[SampledRow]:
+        """Logprobs of the prompt tokens that this chunk's rows predict."""
+        request = seq.request
+        wanted = request.params.prompt_logprobs or 0
+        scored: list[SampledRow] = []
+        count = _scored_rows(seq)
+        for begin in range(0, count, _LOGITS_ROWS):
+            end = min(begin + _LOGITS_ROWS, count)
+            rows = slice(first_row + begin, first_row + end)
+            targets = request.prompt_token_ids[seq.start + begin + 1 : seq.start + end + 1]
+            self._observe(owners[rows])
+            logits = self.decoder.logits(hidden[rows])
+            scored += score_prompt(logits, targets, [wanted] * len(targets), self.kernels)
+        return scored
+
+    def _sampling_row(self, seq: ScheduledSeq) -> SamplingRow:
+        request = seq.request
+        seed = request.params.seed
+        return SamplingRow(
+            params=request.params,
+            seed=self.sampling_seed if seed is None else seed,
+            choice=request.choice,
+            position=request.num_tokens,
+            prompt_token_ids=request.prompt_token_ids,
+            output_token_ids=request.output_token_ids,
+            eos_token_ids=self.eos_token_ids,
+        )
+
+    def _observe(self, owners: RowOwners) -> None:
+        observer = self.observer
+        self.decoder.tap = (lambda name, rows: observer(name, rows, owners)) if observer else None
+
+
+def _scored_rows(seq: ScheduledSeq) -> int:
+    """How many of a chunk's rows predict a prompt token that is to be scored."""
+    if seq.request.params.prompt_logprobs is None:
+        return 0
+    return max(0, min(seq.num_tokens, seq.request.num_prompt_tokens - 1 - seq.start))
+
+
+def _row_owners(seqs: Sequence[ScheduledSeq]) -> RowOwners:
+    return [
+        (seq.request, position)
+        for seq in seqs
+        for position in range(seq.start, seq.start + seq.num_tokens)
+    ]

@@ -1,0 +1,295 @@
+"""From options to an engine: every choice made here is checked, and said in the report."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..backends.base import AttentionBackend, AttentionConfig
+from ..backends.capabilities import Requirements
+from ..backends.matrix import Resolved, Selection, load_factory, select_backend
+from ..cache.kv import allocate_layers, bytes_per_page
+from ..cache.pages import PagePool
+from ..cache.radix import RadixCache
+from ..cache.reuse import reuse_policy
+from ..errors import ConfigError
+from ..models.config import ModelConfig
+from ..models.loader import load_weights
+from ..models.registry import load_model_config, load_tokenizer
+from ..models.weights import random_weights, weights_digest
+from ..plugins.manager import PluginHost
+from .config import EngineConfig, parse_memory
+from .engine import Engine
+from .kernel_choice import KernelChoice, choose_kernels
+from .runner import Runner
+from .scheduler import Scheduler, SchedulerConfig
+
+_DEFAULT_KV_BYTES = 4 * 2**30
+_DEFAULT_KV_SHARE = 0.3
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class StartupReport:
+    """What was chosen at start and why.
+
+    ``rows`` are (item, choice, why); ``fingerprint_parts`` are hashed into ``fingerprint``.
+    """
+
+    rows: tuple[tuple[str, str, str], ...]
+    fingerprint: str
+    fingerprint_parts: Mapping[str, str]
+    seconds: float
+
+    def __str__(self) -> str:
+        item = max(len(row[0]) for row in self.rows)
+        choice = min(48, max(len(row[1]) for row in self.rows))
+        return "\n".join(f"{a:{item}}  {b:{choice}}  {c}".rstrip() for a, b, c in self.rows)
+
+
+def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, StartupReport]:
+    """Build an engine that holds what ``config`` asks for.
+
+    :raises ConfigError: the request cannot be held; the message has every reason.
+    :raises SelfCheckError: no kernels keep their contract on this machine.
+    """
+    began = time.perf_counter()
+    folder, model = load_model_config(config.model, random=config.load_format == "random")
+    selection, dtype = _select(config, model, host)
+    max_model_len = _max_model_len(config, model)
+    tokenizer = load_tokenizer(folder) if folder else None
+    weights = (
+        random_weights(model, config.load_seed, dtype)
+        if folder is None or config.load_format == "random"
+        else load_weights(folder, model, dtype)
+    )
+    digest = weights_digest(weights)
+    choice = choose_kernels(config, model, weights, dtype, max_model_len)
+    backend = _backend(config, selection, model, dtype, max_model_len, choice.kernels.name)
+    num_pages = _num_pages(config, backend, max_model_len)
+    runner = Runner(
+        choice.decoder,
+        backend,
+        allocate_layers(backend, num_pages),
+        choice.kernels,
+        config.sampling_seed,
+        model.eos_token_ids,
+    )
+    scheduler = _scheduler(config, selection, num_pages, max_model_len)
+    parts = _fingerprint_parts(config, model, digest, dtype, selection, choice)
+    fingerprint = _digest(parts)
+    rows = _rows(config, model, dtype, selection, choice, num_pages, max_model_len, host)
+    report = StartupReport(
+        (*rows, ("fingerprint", fingerprint, "equal fingerprint and request: equal bits")),
+        fingerprint,
+        parts,
+        time.perf_counter() - began,
+    )
+    return Engine(runner, scheduler, tokenizer, fingerprint), report
+
+
+def requirements(config: EngineConfig, model: ModelConfig, dtype: str) -> Requirements:
+    """What this configuration asks of an attention backend."""
+    toggles: dict[str, bool | None] = {
+        name: None if value == "auto" else bool(value)
+        for name, value in (
+            ("cuda_graph", config.cuda_graph),
+            ("chunked_prefill", config.chunked_prefill),
+            ("radix_cache", config.radix_cache),
+        )
+    }
+    return Requirements(
+        dtype=dtype,
+        head_dim=model.head_dim,
+        page_size=config.page_size,
+        device=config.device,
+        compute_capability=None,
+        deterministic=config.deterministic,
+        features=toggles
+        | {
+            "non_greedy_sampling": True,
+            "sliding_window": model.sliding_window is not None,
+            "logit_soft_cap": model.logit_soft_cap is not None,
+        },
+    )
+
+
+def _select(
+    config: EngineConfig, model: ModelConfig, host: PluginHost
+) -> tuple[Selection, torch.dtype]:
+    """The backend, and the dtype: with ``auto``, float32 where the checkpoint's is not offered."""
+    if config.dtype != "auto":
+        asked = requirements(config, model, config.dtype)
+        return select_backend(config.attention_backend, asked, host), _DTYPES[config.dtype]
+    own = str(model.dtype).removeprefix("torch.")
+    try:
+        asked = requirements(config, model, own)
+        return select_backend(config.attention_backend, asked, host), model.dtype
+    except ConfigError:
+        if own == "float32":
+            raise
+    asked = requirements(config, model, "float32")
+    return select_backend(config.attention_backend, asked, host), torch.float32
+
+
+def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
+    limit = model.max_position_embeddings
+    if config.max_model_len is None:
+        return limit
+    if config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len was {config.max_model_len}, but the model's positions end at {limit}. "
+            f"Pass at most {limit}, or leave it out."
+        )
+    return config.max_model_len
+
+
+def _backend(
+    config: EngineConfig,
+    selection: Selection,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    max_model_len: int,
+    kernels: str,
+) -> AttentionBackend:
+    factory = load_factory(selection.spec)
+    return factory(
+        AttentionConfig(
+            num_layers=model.num_layers,
+            num_q_heads=model.num_q_heads,
+            num_kv_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            scale=model.head_dim**-0.5,
+            page_size=config.page_size,
+            dtype=dtype,
+            device=torch.device(config.device),
+            max_model_len=max_model_len,
+            deterministic=config.deterministic,
+            kernels=kernels,
+        )
+    )
+
+
+def _num_pages(config: EngineConfig, backend: AttentionBackend, max_model_len: int) -> int:
+    page = bytes_per_page(backend)
+    if config.kv_cache_memory is not None:
+        memory = parse_memory(config.kv_cache_memory)
+    else:
+        useful = config.max_num_seqs * -(-max_model_len // config.page_size) * page
+        free = int(_DEFAULT_KV_SHARE * _available_memory())
+        memory = min(useful, _DEFAULT_KV_BYTES, free)
+    if memory < page:
+        raise ConfigError(
+            f"kv_cache_memory of {memory} bytes holds no page: one page of {config.page_size} "
+            f"tokens takes {page} bytes. Pass at least that, or a smaller page_size."
+        )
+    return memory // page
+
+
+def _available_memory() -> int:
+    """Bytes of memory that can be had without swapping."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return _DEFAULT_KV_BYTES
+
+
+def _scheduler(
+    config: EngineConfig, selection: Selection, num_pages: int, max_model_len: int
+) -> Scheduler:
+    capabilities = selection.spec.capabilities
+    pool = PagePool(num_pages, config.page_size)
+    radix = selection.features["radix_cache"].value
+    policy = reuse_policy(
+        deterministic=config.deterministic,
+        chunk_invariant=capabilities.chunk_invariant,
+        alignment=capabilities.alignment,
+        decode_equals_prefill=capabilities.decode_equals_prefill,
+    )
+    return Scheduler(
+        SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            chunked_prefill=selection.features["chunked_prefill"].value,
+            alignment=capabilities.alignment if config.deterministic else 1,
+            decode_equals_prefill=capabilities.decode_equals_prefill or not config.deterministic,
+        ),
+        pool,
+        RadixCache(pool, policy) if radix else None,
+    )
+
+
+def _fingerprint_parts(
+    config: EngineConfig,
+    model: ModelConfig,
+    weights: str,
+    dtype: torch.dtype,
+    selection: Selection,
+    choice: KernelChoice,
+) -> dict[str, str]:
+    from .. import __version__
+
+    backend = f"{selection.spec.name} ({selection.distribution} {selection.version})"
+    return {
+        "isobit": __version__,
+        "weights": weights,
+        "model": repr(model),
+        "dtype": str(dtype),
+        "deterministic": str(config.deterministic),
+        "sampling_seed": str(config.sampling_seed),
+        "attention_backend": backend,
+        "kernels": choice.kernels.name,
+        "self_check": choice.digest,
+        "torch": torch.__version__,
+        "device": f"{config.device} {platform.machine()}",
+    }
+
+
+def _digest(parts: Mapping[str, str]) -> str:
+    text = "\n".join(f"{key}={value}" for key, value in sorted(parts.items()))
+    return "ib-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _rows(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    selection: Selection,
+    choice: KernelChoice,
+    num_pages: int,
+    max_model_len: int,
+    host: PluginHost,
+) -> list[tuple[str, str, str]]:
+    why = "asked for" if config.attention_backend != "auto" else "first that holds what is asked"
+    skipped = [(f"  not {name}", "", reason) for name, reason in selection.rejected.items()]
+    features = [(f"  {name}", _on_off(cell), cell.why) for name, cell in selection.features.items()]
+    disabled = [
+        (f"  plugin {record.name}", record.status, record.reason)
+        for record in host.records()
+        if record.status == "disabled"
+    ]
+    problems = [("  problem", "", problem) for problem in host.problems()]
+    tokens = num_pages * config.page_size
+    dtype_name = str(dtype).removeprefix("torch.")
+    return [
+        ("model", config.model, f"{model.architecture}, {dtype_name}, context {max_model_len}"),
+        ("deterministic", str(config.deterministic).lower(), ""),
+        ("attention backend", selection.spec.name, why),
+        *skipped,
+        *disabled,
+        *problems,
+        *features,
+        ("kernels", choice.kernels.name, choice.why),
+        ("KV cache", f"{num_pages} pages", f"{tokens} tokens in pages of {config.page_size}"),
+    ]
+
+
+def _on_off(cell: Resolved) -> str:
+    return "on" if cell.value else "off"
