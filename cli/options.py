@@ -1,0 +1,120 @@
+"""Options that several verbs share, and how errors reach the terminal."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from ..errors import IsobitError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_PLAIN = (
+    "model",
+    "attention_backend",
+    "deterministic",
+    "dtype",
+    "kernels",
+    "load_format",
+    "sampling_seed",
+    "max_num_seqs",
+    "max_num_batched_tokens",
+    "max_model_len",
+    "page_size",
+    "kv_cache_memory",
+    "disable_plugins",
+    "strict_plugins",
+)
+_TOGGLES = ("chunked_prefill", "radix_cache", "cuda_graph")
+
+
+def toggle(name: str, meaning: str) -> Callable[[F], F]:
+    """``--name / --no-name``, left to the engine where neither is given."""
+    flag = name.replace("_", "-")
+    return click.option(f"--{flag}/--no-{flag}", name, default=None, help=meaning)
+
+
+def engine_options(function: F) -> F:
+    """The options that build an engine, gathered by ``engine_kwargs``."""
+    decorators = [
+        click.option(
+            "--model",
+            default="smollm2",
+            show_default=True,
+            help="smollm2, a Hugging Face folder, or a built-in shape with random weights.",
+        ),
+        click.option(
+            "--attention-backend",
+            default="auto",
+            show_default=True,
+            help="A backend's name, or auto; see isobit backends.",
+        ),
+        click.option(
+            "--enable-deterministic-inference/--no-deterministic-inference",
+            "deterministic",
+            default=True,
+            show_default=True,
+            help="Hold every invariance, or lift the constraints.",
+        ),
+        click.option("--dtype", default="auto", show_default=True, help="float32 or bfloat16."),
+        click.option("--kernels", default="auto", show_default=True, help="native or torch."),
+        click.option(
+            "--load-format",
+            default="auto",
+            show_default=True,
+            help="auto, or random for weights from a config alone.",
+        ),
+        click.option("--sampling-seed", type=int, default=42, show_default=True),
+        click.option("--max-num-seqs", type=int, default=256, show_default=True),
+        click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True),
+        click.option("--max-model-len", type=int, default=None, help="Default: the model's."),
+        click.option("--page-size", type=int, default=16, show_default=True),
+        click.option("--kv-cache-memory", default=None, help="Such as 2GiB. Default: chosen."),
+        toggle("chunked_prefill", "Compute long prompts in several steps."),
+        toggle("radix_cache", "Reuse prefixes of earlier requests."),
+        toggle("cuda_graph", "Capture and replay CUDA graphs."),
+        click.option("--threads", type=int, default=None, help="CPU threads. Default: torch's."),
+        click.option(
+            "--no-plugin", "disable_plugins", multiple=True, help="Do not load this plugin."
+        ),
+        click.option("--strict-plugins", is_flag=True, help="Any broken plugin is an error."),
+    ]
+    for decorate in reversed(decorators):
+        function = decorate(function)
+    return function
+
+
+def engine_kwargs(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the engine's options out of a command's, as keyword arguments of ``LLM``."""
+    kwargs = {name: options.pop(name) for name in _PLAIN}
+    for name in _TOGGLES:
+        value = options.pop(name)
+        kwargs[name] = "auto" if value is None else value
+    return kwargs
+
+
+def set_threads(count: int | None) -> None:
+    """Use ``count`` CPU threads; None leaves torch's own choice."""
+    import torch
+
+    if count is None:
+        return
+    if count < 1:
+        raise click.UsageError(f"--threads was {count}; wanted at least 1.")
+    torch.set_num_threads(count)
+
+
+def user_errors(function: F) -> F:
+    """Turn Isobit's own errors into usage errors: the message alone, exit status 2."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except IsobitError as error:
+            raise click.UsageError(str(error)) from error
+
+    return wrapped  # type: ignore[return-value]

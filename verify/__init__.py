@@ -1,0 +1,1 @@
+"""Proofs of the invariances, and what to show when one fails."""

@@ -1,0 +1,174 @@
+"""The proofs: for every invariance the runs that could break it.
+
+Every run is compared, bit for bit, with each of its requests alone on a cold cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from operator import mul
+from random import Random
+from typing import Any
+
+from ..core.engine import Engine
+from ..core.outputs import RequestOutput
+from .drive import Budget, as_transcripts, drive, drive_alone
+from .transcript import Transcript
+from .workload import Case
+
+Outputs = Sequence[RequestOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of a proof, repeatable so that a difference can be traced to its op.
+
+    ``execute`` runs ``cases``. ``read`` takes the transcripts to compare from its outputs; they
+    must equal ``expected``, which ``references`` gave, each alone on a cold cache. ``exercised``
+    says whether what the proof is about took place at all.
+    """
+
+    label: str
+    cases: Sequence[Case]
+    execute: Callable[[], Outputs]
+    references: Sequence[Case]
+    expected: Sequence[Transcript]
+    read: Callable[[Outputs], list[Transcript]] = as_transcripts
+    exercised: Callable[[Outputs], bool] = lambda outputs: True
+
+
+class Proofs:
+    """The runs of every invariance, over one engine and one workload."""
+
+    def __init__(self, engine: Engine, cases: Sequence[Case]) -> None:
+        self.engine = engine
+        self.cases = list(cases)
+        alone = drive_alone(engine, self.cases)
+        self.baseline = as_transcripts(alone)
+        self.generated = [output.outputs[0].token_ids for output in alone]
+
+    def batch(self) -> Iterator[Run]:
+        """All together; thrice over, so that the batch is large; and every second one."""
+        everyone = list(range(len(self.cases)))
+        yield self._run("all together", everyone)
+        yield self._run("three of each", everyone * 3)
+        yield self._run("every second one", everyone[::2])
+
+    def order(self) -> Iterator[Run]:
+        """Submitted backwards; shuffled; and arriving one by one while others are decoding."""
+        everyone = list(range(len(self.cases)))
+        yield self._run("backwards", everyone, order=everyone[::-1])
+        for gap in (2, 3):
+            yield self._run(
+                f"shuffled, one every {gap} steps",
+                everyone,
+                order=Random(gap).sample(everyone, len(everyone)),
+                arrive=partial(mul, gap),
+            )
+
+    def chunk(self) -> Iterator[Run]:
+        """Prefills cut at small, odd and random places, mixed with decoding."""
+        everyone = list(range(len(self.cases)))
+        for size in (33, 100):
+            yield self._run(f"chunks of {size}", everyone, budget=_always(size))
+        yield self._run(
+            "random chunks",
+            everyone,
+            budget=lambda step: Random(step).choice((17, 64, 250, 301)),
+        )
+
+    def cache(self) -> Iterator[Run]:
+        """Warm; half evicted; and a conversation whose prefix was written by decoding."""
+        yield self._after_warming("warm", self.cases, self.baseline, evict=False)
+        yield self._after_warming("half evicted", self.cases, self.baseline, evict=True)
+        turns = [
+            replace(case, prompt_token_ids=(*case.prompt_token_ids, *tokens, 1, 2, 3))
+            for case, tokens in zip(self.cases, self.generated, strict=True)
+        ]
+        expected = as_transcripts(drive_alone(self.engine, turns))
+        yield self._after_warming("written by decoding", turns, expected, evict=False)
+
+    def preempt(self) -> Iterator[Run]:
+        """Requests evicted in the middle of prefill and of decoding, then recomputed."""
+        for every in (3, 5):
+            evicted = [0]
+
+            def hook(
+                engine: Engine, step: int, every: int = every, evicted: list[int] = evicted
+            ) -> None:
+                ids = engine.unfinished_ids()
+                if ids and step % every == every - 1:
+                    evicted[0] += engine.preempt(Random(step).choice(ids))
+
+            run = self._run(
+                f"one evicted every {every} steps",
+                list(range(len(self.cases))),
+                budget=_always(256),
+                before_step=hook,
+            )
+            yield replace(run, exercised=partial(_any_evicted, evicted))
+
+    def score(self) -> Iterator[Run]:
+        """The logprobs of prompt and output, scored as a prompt, equal those of decoding."""
+        scored = [
+            Case(
+                case.name,
+                (*case.prompt_token_ids, *tokens),
+                replace(case.params, max_tokens=1, min_tokens=0, prompt_logprobs=2),
+            )
+            for case, tokens in zip(self.cases, self.generated, strict=True)
+        ]
+        for label, budget in (("in one prefill", None), ("in chunks of 128", 128)):
+            yield Run(
+                label,
+                scored,
+                partial(self._cold, scored, budget=_always(budget)),
+                self.cases,
+                self.baseline,
+                read=self._scored_part,
+            )
+
+    def _run(self, label: str, indices: Sequence[int], **options: Any) -> Run:
+        cases = [self.cases[index] for index in indices]
+        expected = [self.baseline[index] for index in indices]
+        return Run(label, cases, lambda: self._cold(cases, **options), cases, expected)
+
+    def _cold(self, cases: Sequence[Case], **options: Any) -> Outputs:
+        self.engine.flush_cache()
+        return drive(self.engine, cases, **options)
+
+    def _after_warming(
+        self, label: str, cases: Sequence[Case], expected: Sequence[Transcript], *, evict: bool
+    ) -> Run:
+        def execute() -> Outputs:
+            self._cold(self.cases)
+            cache = self.engine.scheduler.cache
+            if evict and cache is not None:
+                cache.evict(cache.num_pages // 2)
+            return drive(self.engine, cases)
+
+        return Run(label, cases, execute, cases, expected, exercised=_hit)
+
+    def _scored_part(self, outputs: Outputs) -> list[Transcript]:
+        """Of each scored prompt the part that decoding gave in the baseline."""
+        parts = []
+        for transcript, case, tokens in zip(
+            as_transcripts(outputs), self.cases, self.generated, strict=True
+        ):
+            begin = len(case.prompt_token_ids)
+            parts.append(Transcript(transcript.tokens[begin : begin + len(tokens)]))
+        return parts
+
+
+def _always(budget: int | None) -> Budget:
+    return lambda step: budget
+
+
+def _any_evicted(evicted: list[int], outputs: Outputs) -> bool:
+    return evicted[0] > 0
+
+
+def _hit(outputs: Outputs) -> bool:
+    return any(output.num_cached_tokens for output in outputs)
