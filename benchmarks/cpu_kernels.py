@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def best_us(run: Callable[[], object], seconds: float = 0.3) -> float:
 
 
 def report(
-    op: str, shape: str, runs: list[Callable[[], object]], flops: float = 0, read: float = 0
+    op: str, shape: str, runs: Sequence[Callable[[], object]], flops: float = 0, read: float = 0
 ) -> None:
     native, default, reference = (best_us(run) for run in runs)
     rate = f"{flops / native / 1e3:8.0f} {read / native / 1e3:7.1f}"
@@ -79,13 +79,13 @@ def bench_attention(
     pairs = sum(range(kv_len - new + 1, kv_len + 1))
     flops = 4.0 * batch * HEADS * HEAD_DIM * pairs
     read = 8.0 * batch * kv_len * KV_HEADS * HEAD_DIM
-    runs = [paged(native), default, paged(reference)]
+    runs: list[Callable[[], object]] = [paged(native), default, paged(reference)]
     report("attention", f"B={batch} kv={kv_len} new={new}", runs, flops, read)
 
 
 def bench_rowwise(native: KernelSet, reference: KernelSet, m: int) -> None:
     x, weight = torch.randn(m, HIDDEN), torch.randn(HIDDEN)
-    runs = [
+    runs: list[Callable[[], object]] = [
         lambda: native.rms_norm(x, weight, 1e-5),
         lambda: functional.rms_norm(x, (HIDDEN,), weight, 1e-5),
         lambda: reference.rms_norm(x, weight, 1e-5),
@@ -102,7 +102,7 @@ def bench_rowwise(native: KernelSet, reference: KernelSet, m: int) -> None:
 
 def bench_vocabulary(native: KernelSet, reference: KernelSet, m: int) -> None:
     logits = torch.randn(m, VOCAB)
-    runs = [
+    runs: list[Callable[[], object]] = [
         lambda: native.log_softmax(logits),
         lambda: logits.log_softmax(-1),
         lambda: reference.log_softmax(logits),

@@ -87,10 +87,15 @@ def judge_runs(name: str, proofs: Proofs, runs: Iterator[Run], began: float) -> 
 
 
 def _describe(engine: Engine, run: Run, found: Sequence[Transcript], index: int) -> str:
-    token = found[index].first_difference(run.expected[index])
+    token = found[index].first_difference(run.expected[index]) or 0
     reference = run.references[index]
     where = locate(
-        engine, lambda: drive_alone(engine, [reference]), reference, run.execute, run.cases[index]
+        engine,
+        lambda: drive_alone(engine, [reference]),
+        reference,
+        run.execute,
+        run.cases[index],
+        token,
     )
     return f"{run.label}: {run.cases[index].name}: token {token}; first differs in {where}"
 

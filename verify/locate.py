@@ -39,10 +39,12 @@ class Trace:
         return request.params == self.case.params and tuple(request.prompt_token_ids) == prompt
 
 
-def first_difference(one: Trace, other: Trace) -> tuple[int, str] | None:
-    """The lowest position, and there the earliest op, whose rows are not the same bits."""
+def first_difference(one: Trace, other: Trace, last: int) -> tuple[int, str] | None:
+    """The lowest position up to ``last``, and there the earliest op, with other bits."""
     differing = [
-        key for key in one.digests.keys() & other.digests.keys() if _differs(one, other, key)
+        key
+        for key in one.digests.keys() & other.digests.keys()
+        if key[0] <= last and _differs(one, other, key)
     ]
     if not differing:
         return None
@@ -66,13 +68,19 @@ def locate(
     reference_case: Case,
     run: Callable[[], object],
     run_case: Case,
+    token: int,
 ) -> str:
-    """Repeat both runs under observation and name the first op where they part."""
+    """Repeat both runs under observation and name the first op where they part.
+
+    :param token: the first output token at which they part; what was computed after it follows
+        from it and is not looked at.
+    """
     with tracing(engine, reference_case) as expected:
         reference()
     with tracing(engine, run_case) as observed:
         run()
-    found = first_difference(expected, observed)
+    last = len(reference_case.prompt_token_ids) + token - 1
+    found = first_difference(expected, observed, last)
     if found is None:
         return "sampling (every op of the model agrees)"
     position, op = found
