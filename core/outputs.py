@@ -36,7 +36,8 @@ class RequestOutput:
 
     ``prompt_logprobs[i]`` belongs to ``prompt_token_ids[i]``; the first is ``None``, for nothing
     precedes it. ``num_cached_tokens`` counts the prompt tokens taken from the prefix cache by the
-    first choice. ``fingerprint`` names everything the bits depend on but the request itself.
+    first choice. ``fingerprint`` names everything the bits depend on but the request itself; under
+    ``deterministic=False`` it promises nothing.
     """
 
     request_id: str

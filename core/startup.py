@@ -86,7 +86,7 @@ def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, Startu
     fingerprint = _digest(parts)
     rows = _rows(config, model, dtype, selection, choice, num_pages, max_model_len, host)
     report = StartupReport(
-        (*rows, ("fingerprint", fingerprint, "equal fingerprint and request: equal bits")),
+        (*rows, ("fingerprint", fingerprint, _promise(config))),
         fingerprint,
         parts,
         time.perf_counter() - began,
@@ -289,6 +289,12 @@ def _rows(
         ("kernels", choice.kernels.name, choice.why),
         ("KV cache", f"{num_pages} pages", f"{tokens} tokens in pages of {config.page_size}"),
     ]
+
+
+def _promise(config: EngineConfig) -> str:
+    if config.deterministic:
+        return "equal fingerprint and request: equal bits"
+    return "no bits are promised: the constraints are lifted"
 
 
 def _on_off(cell: Resolved) -> str:

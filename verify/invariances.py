@@ -12,6 +12,7 @@ from operator import mul
 from random import Random
 from typing import Any
 
+from ..cache.reuse import Provenance
 from ..core.engine import Engine
 from ..core.outputs import RequestOutput
 from .drive import Budget, as_transcripts, drive, drive_alone
@@ -88,7 +89,8 @@ class Proofs:
             for case, tokens in zip(self.cases, self.generated, strict=True)
         ]
         expected = as_transcripts(drive_alone(self.engine, turns))
-        yield self._after_warming("written by decoding", turns, expected, evict=False)
+        run = self._after_warming("written by decoding", turns, expected, evict=False)
+        yield replace(run, exercised=self._decoded_prefix_hit())
 
     def preempt(self) -> Iterator[Run]:
         """Requests evicted in the middle of prefill and of decoding, then recomputed."""
@@ -150,6 +152,14 @@ class Proofs:
             return drive(self.engine, cases)
 
         return Run(label, cases, execute, cases, expected, exercised=_hit)
+
+    def _decoded_prefix_hit(self) -> Callable[[Outputs], bool]:
+        """Whether a prefix that decoding wrote is reused from now on, where the policy lets it."""
+        cache = self.engine.scheduler.cache
+        if cache is None or not cache.policy.allows(Provenance.DECODE):
+            return _hit
+        before = cache.stats.decode_tokens_matched
+        return lambda outputs: cache.stats.decode_tokens_matched > before
 
     def _scored_part(self, outputs: Outputs) -> list[Transcript]:
         """Of each scored prompt the part that decoding gave in the baseline."""

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -106,6 +108,24 @@ def test_prompt_logprobs_are_those_of_decoding(tiny: LLM) -> None:
     assert scored.prompt_logprobs is not None
     assert scored.prompt_logprobs[0] is None
     assert scored.prompt_logprobs[3:] == choice.logprobs
+
+
+def test_a_process_keeps_its_generators_from_import_to_generation() -> None:
+    program = """
+import random, numpy, torch
+random.seed(1); numpy.random.seed(2); torch.manual_seed(3)
+def states():
+    name, keys, *rest = numpy.random.get_state()
+    return random.getstate(), keys.tolist(), rest, torch.get_rng_state().tolist()
+before = states()
+from isobit import LLM, SamplingParams
+assert states() == before, "import"
+llm = LLM("tiny-qwen3", load_format="random", sampling_seed=9)
+assert states() == before, "construction"
+llm.generate([[1, 2]], SamplingParams(seed=4, max_tokens=4))
+assert states() == before, "generation"
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_global_generators_are_left_alone() -> None:
