@@ -67,13 +67,15 @@ def _all(
 ) -> bool:
     from ..verify.judge import judge_all
     from ..verify.table import table
-    from ..verify.workload import FULL_LENGTHS, QUICK_LENGTHS, make_cases
+    from ..verify.workload import make_cases, prompt_lengths
 
-    limit = llm.engine.scheduler.config.max_model_len - 2 * new_tokens - 4
+    scheduler = llm.engine.scheduler
+    longest = scheduler.config.max_model_len - 2 * new_tokens - 4
+    page_size = scheduler.pool.page_size
     cases = make_cases(
         llm.tokenizer,
         llm.engine.vocab_size,
-        [n for n in (QUICK_LENGTHS if quick else FULL_LENGTHS) if n <= limit],
+        prompt_lengths(quick=quick, page_size=page_size, longest=longest),
         max_new_tokens=new_tokens,
         temperature=temperature,
         sampling_seed=None,

@@ -58,7 +58,7 @@ def main() -> int:
         cases = make_cases(
             llm.tokenizer,
             llm.engine.vocab_size,
-            (1, 16, 65, 250),
+            (1, 15, 64, 250),
             max_new_tokens=6,
             temperature=0.0,
             sampling_seed=None,

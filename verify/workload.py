@@ -20,8 +20,8 @@ _SENTENCES = (
     "If two clocks disagree, a sailor trusts neither; if three agree, he sets out.",
 )
 
-QUICK_LENGTHS = (1, 2, 15, 16, 17, 63, 130, 260, 700)
-FULL_LENGTHS = (1, 2, 15, 16, 17, 31, 63, 64, 65, 127, 200, 333, 512, 777, 1025, 1500, 2049, 4000)
+_QUICK_LENGTHS = (1, 2, 16, 17, 63, 130, 260, 700)
+_FULL_LENGTHS = (1, 2, 16, 17, 31, 63, 64, 65, 127, 200, 333, 512, 777, 1025, 1500, 2049, 4000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,15 @@ class Case:
     name: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
+
+
+def prompt_lengths(*, quick: bool, page_size: int, longest: int) -> list[int]:
+    """Prompt lengths at tile and page edges, short and long, up to ``longest`` tokens.
+
+    One lies just below a page's end, so that decoding completes the page.
+    """
+    lengths = {*(_QUICK_LENGTHS if quick else _FULL_LENGTHS), max(1, page_size - 1)}
+    return sorted(length for length in lengths if length <= longest)
 
 
 def long_text(sentences: int) -> str:
