@@ -24,7 +24,8 @@ class AttentionConfig:
 
     ``scale`` multiplies the scores (``head_dim ** -0.5`` unless the model says otherwise).
     ``deterministic`` is False when the user lifted the constraints: a backend may then choose
-    any reduction order.
+    any reduction order. ``kernels`` is the provider that the engine runs its own ops with
+    (``kernels.dispatch.load_kernels``), for backends that use Isobit's attention kernels.
     """
 
     num_layers: int

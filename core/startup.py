@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
 from ..backends.base import AttentionBackend, AttentionConfig
 from ..backends.capabilities import Requirements
-from ..backends.matrix import Resolved, Selection, load_factory, select_backend
+from ..backends.matrix import Selection, load_factory, select_backend
 from ..cache.kv import allocate_layers, bytes_per_page
 from ..cache.pages import PagePool
 from ..cache.radix import RadixCache
@@ -26,31 +22,14 @@ from ..models.weights import random_weights, weights_digest
 from ..plugins.manager import PluginHost
 from .config import EngineConfig, parse_memory
 from .engine import Engine
-from .kernel_choice import KernelChoice, choose_kernels
+from .kernel_choice import choose_kernels
+from .report import StartupReport, fingerprint_of, fingerprint_parts, promise, report_rows
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerConfig
 
 _DEFAULT_KV_BYTES = 4 * 2**30
 _DEFAULT_KV_SHARE = 0.3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class StartupReport:
-    """What was chosen at start and why.
-
-    ``rows`` are (item, choice, why); ``fingerprint_parts`` are hashed into ``fingerprint``.
-    """
-
-    rows: tuple[tuple[str, str, str], ...]
-    fingerprint: str
-    fingerprint_parts: Mapping[str, str]
-    seconds: float
-
-    def __str__(self) -> str:
-        item = max(len(row[0]) for row in self.rows)
-        choice = min(48, max(len(row[1]) for row in self.rows))
-        return "\n".join(f"{a:{item}}  {b:{choice}}  {c}".rstrip() for a, b, c in self.rows)
 
 
 def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, StartupReport]:
@@ -82,11 +61,11 @@ def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, Startu
         model.eos_token_ids,
     )
     scheduler = _scheduler(config, selection, num_pages, max_model_len)
-    parts = _fingerprint_parts(config, model, digest, dtype, selection, choice)
-    fingerprint = _digest(parts)
-    rows = _rows(config, model, dtype, selection, choice, num_pages, max_model_len, host)
+    parts = fingerprint_parts(config, model, digest, dtype, selection, choice)
+    fingerprint = fingerprint_of(parts)
+    rows = report_rows(config, model, dtype, selection, choice, num_pages, max_model_len, host)
     report = StartupReport(
-        (*rows, ("fingerprint", fingerprint, _promise(config))),
+        (*rows, ("fingerprint", fingerprint, promise(config))),
         fingerprint,
         parts,
         time.perf_counter() - began,
@@ -224,78 +203,3 @@ def _scheduler(
         pool,
         RadixCache(pool, policy) if radix else None,
     )
-
-
-def _fingerprint_parts(
-    config: EngineConfig,
-    model: ModelConfig,
-    weights: str,
-    dtype: torch.dtype,
-    selection: Selection,
-    choice: KernelChoice,
-) -> dict[str, str]:
-    from .. import __version__
-
-    backend = f"{selection.spec.name} ({selection.distribution} {selection.version})"
-    return {
-        "isobit": __version__,
-        "weights": weights,
-        "model": repr(model),
-        "dtype": str(dtype),
-        "deterministic": str(config.deterministic),
-        "sampling_seed": str(config.sampling_seed),
-        "attention_backend": backend,
-        "kernels": choice.kernels.name,
-        "self_check": choice.digest,
-        "torch": torch.__version__,
-        "device": f"{config.device} {platform.machine()}",
-    }
-
-
-def _digest(parts: Mapping[str, str]) -> str:
-    text = "\n".join(f"{key}={value}" for key, value in sorted(parts.items()))
-    return "ib-" + hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _rows(
-    config: EngineConfig,
-    model: ModelConfig,
-    dtype: torch.dtype,
-    selection: Selection,
-    choice: KernelChoice,
-    num_pages: int,
-    max_model_len: int,
-    host: PluginHost,
-) -> list[tuple[str, str, str]]:
-    why = "asked for" if config.attention_backend != "auto" else "first that holds what is asked"
-    skipped = [(f"  not {name}", "", reason) for name, reason in selection.rejected.items()]
-    features = [(f"  {name}", _on_off(cell), cell.why) for name, cell in selection.features.items()]
-    disabled = [
-        (f"  plugin {record.name}", record.status, record.reason)
-        for record in host.records()
-        if record.status == "disabled"
-    ]
-    problems = [("  problem", "", problem) for problem in host.problems()]
-    tokens = num_pages * config.page_size
-    dtype_name = str(dtype).removeprefix("torch.")
-    return [
-        ("model", config.model, f"{model.architecture}, {dtype_name}, context {max_model_len}"),
-        ("deterministic", str(config.deterministic).lower(), ""),
-        ("attention backend", selection.spec.name, why),
-        *skipped,
-        *disabled,
-        *problems,
-        *features,
-        ("kernels", choice.kernels.name, choice.why),
-        ("KV cache", f"{num_pages} pages", f"{tokens} tokens in pages of {config.page_size}"),
-    ]
-
-
-def _promise(config: EngineConfig) -> str:
-    if config.deterministic:
-        return "equal fingerprint and request: equal bits"
-    return "no bits are promised: the constraints are lifted"
-
-
-def _on_off(cell: Resolved) -> str:
-    return "on" if cell.value else "off"

@@ -1,0 +1,113 @@
+"""The start-up report: what was chosen and why, and the fingerprint that names it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..backends.matrix import Resolved, Selection
+from ..models.config import ModelConfig
+from ..plugins.manager import PluginHost
+from .config import EngineConfig
+from .kernel_choice import KernelChoice
+
+
+@dataclass(frozen=True, slots=True)
+class StartupReport:
+    """What was chosen at start and why.
+
+    ``rows`` are (item, choice, why); ``fingerprint_parts`` are hashed into ``fingerprint``.
+    """
+
+    rows: tuple[tuple[str, str, str], ...]
+    fingerprint: str
+    fingerprint_parts: Mapping[str, str]
+    seconds: float
+
+    def __str__(self) -> str:
+        item = max(len(row[0]) for row in self.rows)
+        choice = min(48, max(len(row[1]) for row in self.rows))
+        return "\n".join(f"{a:{item}}  {b:{choice}}  {c}".rstrip() for a, b, c in self.rows)
+
+
+def fingerprint_parts(
+    config: EngineConfig,
+    model: ModelConfig,
+    weights: str,
+    dtype: torch.dtype,
+    selection: Selection,
+    choice: KernelChoice,
+) -> dict[str, str]:
+    """Everything that the bits depend on but the request."""
+    from .. import __version__
+
+    backend = f"{selection.spec.name} ({selection.distribution} {selection.version})"
+    return {
+        "isobit": __version__,
+        "weights": weights,
+        "model": repr(model),
+        "dtype": str(dtype),
+        "deterministic": str(config.deterministic),
+        "sampling_seed": str(config.sampling_seed),
+        "attention_backend": backend,
+        "kernels": choice.kernels.name,
+        "self_check": choice.digest,
+        "torch": torch.__version__,
+        "device": f"{config.device} {platform.machine()}",
+    }
+
+
+def fingerprint_of(parts: Mapping[str, str]) -> str:
+    """A short digest over all parts, whatever their order."""
+    text = "\n".join(f"{key}={value}" for key, value in sorted(parts.items()))
+    return "ib-" + hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def report_rows(
+    config: EngineConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    selection: Selection,
+    choice: KernelChoice,
+    num_pages: int,
+    max_model_len: int,
+    host: PluginHost,
+) -> list[tuple[str, str, str]]:
+    """The report's rows: (item, choice, why)."""
+    why = "asked for" if config.attention_backend != "auto" else "first that holds what is asked"
+    skipped = [(f"  not {name}", "", reason) for name, reason in selection.rejected.items()]
+    features = [(f"  {name}", _on_off(cell), cell.why) for name, cell in selection.features.items()]
+    disabled = [
+        (f"  plugin {record.name}", record.status, record.reason)
+        for record in host.records()
+        if record.status == "disabled"
+    ]
+    problems = [("  problem", "", problem) for problem in host.problems()]
+    tokens = num_pages * config.page_size
+    dtype_name = str(dtype).removeprefix("torch.")
+    return [
+        ("model", config.model, f"{model.architecture}, {dtype_name}, context {max_model_len}"),
+        ("deterministic", str(config.deterministic).lower(), ""),
+        ("attention backend", selection.spec.name, why),
+        *skipped,
+        *disabled,
+        *problems,
+        *features,
+        ("kernels", choice.kernels.name, choice.why),
+        ("KV cache", f"{num_pages} pages", f"{tokens} tokens in pages of {config.page_size}"),
+    ]
+
+
+def promise(config: EngineConfig) -> str:
+    """What an equal fingerprint means under these options."""
+    if config.deterministic:
+        return "equal fingerprint and request: equal bits"
+    return "no bits are promised: the constraints are lifted"
+
+
+def _on_off(cell: Resolved) -> str:
+    return "on" if cell.value else "off"
