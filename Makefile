@@ -6,7 +6,7 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 SOURCES := pyproject.toml setup.py $(wildcard kernels/native/*.c kernels/native/*.h)
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python examples/demo.py
@@ -23,8 +23,11 @@ lint: $(VENV)/test.stamp
 docs: $(VENV)/test.stamp
 	$(VENV)/bin/python docs/generate.py --check
 
+wheel: $(VENV)/test.stamp
+	$(VENV)/bin/python tests/package/check_wheel.py
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -6,6 +6,8 @@ from glob import glob
 from setuptools import Extension, setup
 
 setup(
+    # Setuptools leaves its script out of the packages, but under PEP 517 takes another for it.
+    script_name="setup.py",
     ext_modules=[
         Extension(
             "isobit.kernels.native._isobit",
@@ -27,4 +29,6 @@ setup(
             optional=True,
         )
     ],
+    # The library has no Python in it (ctypes loads it), so one wheel serves every Python.
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

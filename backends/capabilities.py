@@ -68,6 +68,7 @@ class Capabilities:
     deterministic:     its bits do not depend on neighbours, order or launch geometry
     chunk_invariant:   a prompt's bits do not depend on where it was cut into chunks, provided
                        every cut is a multiple of ``alignment`` tokens
+    alignment:         where a prompt may be cut and a reused prefix may end: multiples of this
     decode_equals_prefill: a decode step gives the bits that a prefill gives for that position
 
     :raises ConfigError: a feature that does not exist, or a value of the wrong type.

@@ -1,27 +1,37 @@
 """Writes the generated parts of the documentation; ``--check`` fails where one is out of date.
 
-A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` in any page.
+A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` in any page. NAME is one of
+``PARTS``, or ``$ isobit …``: that command, run, with what it printed.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import re
+import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
+from typing import Any
 
 import click
 from click.testing import CliRunner
 
+from isobit.backends.capabilities import FEATURES, BackendSpec, Capabilities
 from isobit.backends.table import markdown_table, matrix_rows
 from isobit.cli.main import main as cli
+from isobit.core.config import EngineConfig
 from isobit.plugins.discovery import BUILT_IN, discover
 from isobit.plugins.manager import PluginHost
+from isobit.sampling.params import SamplingParams
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-_PART = re.compile(r"(<!-- generated: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_PART = re.compile(r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+_ENTRY = re.compile(r"(?::param )?(\w+(?:, \w+)*):\s+(\S.*)")
+_ALIASES = {"Toggle": 'bool | "auto"', "AbstractSet": "set"}
 
 
 def matrix() -> str:
@@ -34,16 +44,80 @@ def cli_help() -> str:
     """``--help`` of every verb."""
     context = click.Context(cli)
     verbs: list[list[str]] = [[], *([name] for name in cli.list_commands(context))]
-    return "\n".join(_help(verb) for verb in verbs)
+    return "\n".join(console("isobit " + " ".join([*verb, "--help"])) for verb in verbs)
 
 
-def _help(verb: list[str]) -> str:
-    args = [*verb, "--help"]
-    output = CliRunner().invoke(cli, args, prog_name="isobit", terminal_width=96).output
-    return f"```console\n$ isobit {' '.join(args)}\n{output}```\n"
+def console(line: str) -> str:
+    """An ``isobit`` command line and what it prints on standard output."""
+    args = shlex.split(line)[1:]
+    done = CliRunner().invoke(cli, args, prog_name="isobit", terminal_width=96)
+    if done.exit_code:
+        raise SystemExit(f"{line} ended with status {done.exit_code}:\n{done.stderr}")
+    return f"```console\n$ {line}\n{done.stdout}```\n"
 
 
-PARTS: dict[str, Callable[[], str]] = {"matrix": matrix, "cli-help": cli_help}
+def features() -> str:
+    return _table(("feature", "meaning"), [(f"`{name}`", text) for name, text in FEATURES.items()])
+
+
+def fields_of(cls: type) -> Callable[[], str]:
+    """A part: the fields of a dataclass, their meaning taken from its docstring."""
+
+    def part() -> str:
+        said = meanings(cls)
+        silent = [field.name for field in fields(cls) if field.name not in said]
+        if silent:
+            raise SystemExit(f"{cls.__name__}'s docstring does not explain {', '.join(silent)}")
+        return _table(
+            ("name", "type", "default", "meaning"),
+            [(f"`{f.name}`", f"`{_type(f)}`", _default(f), said[f.name]) for f in fields(cls)],
+        )
+
+    return part
+
+
+def meanings(cls: type) -> dict[str, str]:
+    """What the docstring says of each field: ``name: …`` or ``:param name: …``, over any lines."""
+    names = {field.name for field in fields(cls)}
+    said: dict[str, str] = {}
+    current: list[str] = []
+    for line in [*inspect.cleandoc(cls.__doc__ or "").splitlines(), ""]:
+        entry = _ENTRY.fullmatch(line)
+        if entry and names.issuperset(entry[1].split(", ")):
+            current = entry[1].split(", ")
+            said |= dict.fromkeys(current, entry[2])
+        elif line.startswith(" "):
+            said |= {name: f"{said[name]} {line.strip()}" for name in current}
+        else:
+            current = []
+    return said
+
+
+def _type(field: Field[Any]) -> str:
+    return re.sub(r"\w+", lambda word: _ALIASES.get(word[0], word[0]), str(field.type))
+
+
+def _default(field: Field[Any]) -> str:
+    if field.default_factory is not MISSING:
+        return f"`{field.default_factory()!r}`"
+    return "required" if field.default is MISSING else f"`{field.default!r}`"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    cells = [[cell.replace("``", "`").replace("|", r"\|") for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "matrix": matrix,
+    "cli-help": cli_help,
+    "engine-options": fields_of(EngineConfig),
+    "sampling-params": fields_of(SamplingParams),
+    "capabilities": fields_of(Capabilities),
+    "backend-spec": fields_of(BackendSpec),
+    "features": features,
+}
 
 
 def rendered(page: Path) -> str:
@@ -51,9 +125,13 @@ def rendered(page: Path) -> str:
 
     def replace(match: re.Match[str]) -> str:
         name = match[2]
-        if name not in PARTS:
+        if name.startswith("$ "):
+            part = console(name.removeprefix("$ "))
+        elif name in PARTS:
+            part = PARTS[name]()
+        else:
             raise SystemExit(f"{page.name}: there is no generated part {name!r}")
-        return f"{match[1]}\n{PARTS[name]()}\n{match[3]}"
+        return f"{match[1]}\n{part}\n{match[3]}"
 
     return _PART.sub(replace, page.read_text())
 
@@ -62,12 +140,13 @@ def run() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail on a difference")
     check = parser.parse_args().check
-    stale = [page for page in PAGES if rendered(page) != page.read_text()]
+    texts = {page: rendered(page) for page in PAGES}
+    stale = [page for page, text in texts.items() if text != page.read_text()]
     for page in stale:
         if check:
             print(f"{page.relative_to(ROOT)} is out of date: run python docs/generate.py")
         else:
-            page.write_text(rendered(page))
+            page.write_text(texts[page])
             print(f"{page.relative_to(ROOT)} written")
     return 1 if check and stale else 0
 
