@@ -8,7 +8,8 @@ rounds about three times as much. bf16 is widened exactly.
 
 Contract (torch): rows are taken in tiles of exactly 16, the last one padded with zeros, and every
 tile is one library product of the same shape, ``[16, K] @ [K, N]`` in fp32, at the same memory
-alignment. The library picks its reduction order from the shape, and the shape never changes.
+alignment, on one thread. The library picks its reduction order from the shape, and the shape never
+changes; where N is small it shares K out over threads, so there is only one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .native.library import library
+from .threads import one_thread
 
 PANEL = 32
 """Columns packed side by side; ``common.h`` says the same."""
@@ -42,9 +44,10 @@ class TorchLinear:
         padded = self._weight.new_zeros(tiles * ROW_TILE, self.in_features)
         padded[:rows] = x
         out = self._weight.new_empty(tiles * ROW_TILE, self.out_features)
-        for start in range(0, tiles * ROW_TILE, ROW_TILE):
-            tile = slice(start, start + ROW_TILE)
-            out[tile] = functional.linear(padded[tile], self._weight)
+        with one_thread():
+            for start in range(0, tiles * ROW_TILE, ROW_TILE):
+                tile = slice(start, start + ROW_TILE)
+                out[tile] = functional.linear(padded[tile], self._weight)
         return out[:rows]
 
 

@@ -9,8 +9,7 @@ back.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from .kernel_set import KernelSet, Linear
 from .linear import PANEL, NativeLinear
 from .rope import rope_table
+from .threads import one_thread
 
 OUTLIER_STEP = 97
 OUTLIER_FACTOR = 100.0
@@ -97,7 +97,7 @@ def _check_one_linear(
             op, f"in a batch of {m} rows", batch[here], torch.stack([alone[i] for i in here])
         )
     few = x[: min(rows[-1], THREAD_CHECK_ROWS)]
-    with _one_thread():
+    with one_thread():
         single = linear.accumulators(few)
     result.expect_equal(op, "with one thread", single, linear.accumulators(few))
     if isinstance(linear, NativeLinear):
@@ -168,7 +168,7 @@ def check_attention(
         result.expect_equal(op, f"decoding position {position} alone", row, alone)
         mixed = attend([(1, 20, 70), step, (1, 69, 70)])[1]
         result.expect_equal(op, f"decoding position {position} beside others", row, mixed)
-    with _one_thread():
+    with one_thread():
         (single,) = attend([(0, 0, length)])
     result.expect_equal(op, "with one thread", whole, single)
     return result
@@ -202,7 +202,7 @@ def check_rowwise(kernels: KernelSet, hidden: int, vocab: int) -> CheckResult:
         result.record(batch)
         alone = [run(*(t[i : i + 1] for t in inputs)) for i in range(batch.shape[0])]
         result.expect_equal(op, f"in a batch of {batch.shape[0]} rows", batch, torch.cat(alone))
-        with _one_thread():
+        with one_thread():
             result.expect_equal(op, "with one thread", batch, run(*inputs))
     return result
 
@@ -227,13 +227,3 @@ def _outliers(rows: int, columns: int) -> Tensor:
 
 def _bits(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int16 if x.element_size() == 2 else torch.int32)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
