@@ -16,7 +16,7 @@ Native: fp32; the sum over d is cut into blocks of 64 as in ``linear.py``; the t
 one fma chain from zero, j ascending, then added to ``o a``; the tile's p are added in ascending
 order, then ``l = fma(l, a, sum)``. Positions past a row's own are never touched, not even with
 weight zero.
-Torch: both products are library matmuls of one fixed shape, ``[Hk, 16, D] x [Hk, D, 64]`` and
+Torch, on one thread: both products are library matmuls of one fixed shape, ``[Hk, 16, D] x [Hk, D, 64]`` and
 ``[Hk, 16, 64] x [Hk, 64, D]``; the p are added by ``elementary.tree_sum``. Positions past the
 sequence's end are read as zeros; positions of the same step past a row's own have weight zero.
 """
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .elementary import exp_f32, tree_sum
 from .native.library import library
+from .threads import one_thread
 
 KV_TILE = 64
 ROW_TILE = 16
@@ -101,11 +102,12 @@ def paged_attention_torch(
 ) -> None:
     """Fill ``out`` ``[T, Hq, D]``; the shapes are ``KernelSet.paged_attention``'s."""
     starts = cu_seqlens_q.tolist()
-    for b, kv_len in enumerate(seq_lens.tolist()):
-        rows = slice(starts[b], starts[b + 1])
-        keys = _read_pages(k_cache, block_table[b], kv_len)
-        values = _read_pages(v_cache, block_table[b], kv_len)
-        out[rows] = _attend_sequence(q[rows], keys, values, kv_len, scale).to(out.dtype)
+    with one_thread():
+        for b, kv_len in enumerate(seq_lens.tolist()):
+            rows = slice(starts[b], starts[b + 1])
+            keys = _read_pages(k_cache, block_table[b], kv_len)
+            values = _read_pages(v_cache, block_table[b], kv_len)
+            out[rows] = _attend_sequence(q[rows], keys, values, kv_len, scale).to(out.dtype)
 
 
 def _read_pages(cache: Tensor, pages: Tensor, kv_len: int) -> Tensor:
