@@ -16,9 +16,10 @@ Native: fp32; the sum over d is cut into blocks of 64 as in ``linear.py``; the t
 one fma chain from zero, j ascending, then added to ``o a``; the tile's p are added in ascending
 order, then ``l = fma(l, a, sum)``. Positions past a row's own are never touched, not even with
 weight zero.
-Torch, on one thread: both products are library matmuls of one fixed shape, ``[Hk, 16, D] x [Hk, D, 64]`` and
-``[Hk, 16, 64] x [Hk, 64, D]``; the p are added by ``elementary.tree_sum``. Positions past the
-sequence's end are read as zeros; positions of the same step past a row's own have weight zero.
+Torch: on one thread, both products are library matmuls of one fixed shape,
+``[Hk, 16, D] x [Hk, D, 64]`` and ``[Hk, 16, 64] x [Hk, 64, D]``; the p are added by
+``elementary.tree_sum``. Positions past the sequence's end are read as zeros; positions of the same
+step past a row's own have weight zero.
 """
 
 from __future__ import annotations
