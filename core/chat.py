@@ -68,7 +68,7 @@ def as_conversations(messages: Conversation | Sequence[Conversation]) -> list[Co
     one = [item for item in messages if isinstance(item, Mapping)]
     if one and len(one) == len(messages):
         return [one]
-    many = [item for item in messages if isinstance(item, (list, tuple))]
+    many: list[Conversation] = [item for item in messages if isinstance(item, (list, tuple))]
     if many and len(many) == len(messages):
         return many
     raise RequestError(
