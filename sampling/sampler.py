@@ -7,8 +7,9 @@ id. Temperature 0 is the argmax of the edited logits, which no filter could chan
 
 Order, as in vLLM: ``logit_edits`` (processors, bias, ``min_tokens``, penalties), temperature,
 ``filters`` (min-p, top-k, top-p). Every operation on a row gives the bits it would give to that row
-alone: the kernels by contract, the rest because elementwise arithmetic, comparisons, maxima and
-integer counts do not depend on shape or threads, and processors because they see that row alone. No global random generator is read or set.
+alone: the kernels by contract, the processors because they see that row alone, the rest because
+elementwise arithmetic, comparisons, maxima and integer counts do not depend on shape or threads. No
+global random generator is read or set.
 """
 
 from __future__ import annotations

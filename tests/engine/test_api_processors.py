@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from isobit import LLM, SamplingParams
+from isobit import LLM, SamplingParams, StreamChunk
 from isobit.errors import LogitsProcessorError, RequestError
 from isobit.verify.transcript import transcripts
 
@@ -81,6 +81,11 @@ def late(bad: Any) -> Any:
     return processor
 
 
+def run_into(llm: LLM, chunks: list[StreamChunk]) -> None:
+    while llm.has_unfinished_requests():
+        chunks += llm.step()
+
+
 def explode(logits: Tensor) -> Tensor:
     raise KeyError("oops")
 
@@ -101,14 +106,12 @@ def test_a_bad_one_ends_its_own_request_alone(tiny: LLM, bad: Any, message: str)
     (expected,) = tiny.generate([[1, 2, 3]], params())
     tiny.add_request([1, 2, 3], params(), request_id="good")
     tiny.add_request([7], params(late(bad)), request_id="bad")
-    chunks = []
+    chunks: list[StreamChunk] = []
     with pytest.raises(LogitsProcessorError, match=message) as caught:
-        while tiny.has_unfinished_requests():
-            chunks += tiny.step()
+        run_into(tiny, chunks)
     assert caught.value.request_id == "bad"
     assert "late.<locals>.processor of request 'bad'" in str(caught.value)
-    while tiny.has_unfinished_requests():
-        chunks += tiny.step()
+    run_into(tiny, chunks)
     good = [chunk for chunk in chunks if chunk.request_id == "good"]
     assert good[-1].output is not None
     assert transcripts(good[-1].output) == transcripts(expected)
@@ -136,7 +139,7 @@ def test_params_with_processors_hash_by_identity() -> None:
 
 @pytest.mark.parametrize("value", [only_even, [1], "x", {only_even}])
 def test_wrong_processors(value: Any) -> None:
-    with pytest.raises(RequestError, match="^logits_processors: wanted a list of functions"):
+    with pytest.raises(RequestError, match=r"^logits_processors: wanted a list of functions"):
         SamplingParams(logits_processors=value)
 
 

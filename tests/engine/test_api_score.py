@@ -72,8 +72,9 @@ def test_chunks_and_neighbours_change_no_score() -> None:
         stream = llm.stream([[1, 2, 3]], PARAMS)
         next(stream)
         assert llm.score(sequence, prompt_lens=60, top=2) == [expected]
-        assert llm.score([sequence, sequence], prompt_lens=[60, 0], top=2)[0].ranks[60:] == (
-            expected.ranks[60:]
+        assert (
+            llm.score([sequence, sequence], prompt_lens=[60, 0], top=2)[0].ranks[60:]
+            == (expected.ranks[60:])
         )
 
 
