@@ -81,6 +81,25 @@ def test_many_callers_get_the_bits_of_generate(tiny: LLM) -> None:
     serve(test)
 
 
+def test_chat_with_stops_and_choices(smollm2: LLM) -> None:
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    whole = smollm2.chat(messages, SamplingParams(temperature=0, max_tokens=10))[0].outputs[0]
+    params = SamplingParams(temperature=0, max_tokens=10, n=2, logprobs=2, stop=whole.text[8:11])
+    (expected,) = smollm2.chat(messages, params)
+    assert expected.outputs[0].finish_reason == "stop"
+
+    async def main() -> None:
+        async with AsyncLLM("smollm2", max_model_len=4096) as llm:
+            chunks = [chunk async for chunk in llm.chat(messages, params)]
+        output = chunks[-1].output
+        assert output is not None
+        assert output.outputs == expected.outputs
+        for choice in output.outputs:
+            assert "".join(c.text for c in chunks if c.index == choice.index) == choice.text
+
+    asyncio.run(main())
+
+
 def test_the_loop_is_never_blocked_and_signals_are_left_alone() -> None:
     before = signal.getsignal(signal.SIGINT)
 

@@ -134,7 +134,7 @@ def test_no_tokens_at_all_only_to_score_a_prompt() -> None:
     assert SamplingParams.from_mapping({"max_tokens": 0, "prompt_logprobs": 2}).scores_only
     with pytest.raises(RequestError, match="0 only scores a prompt, with prompt_logprobs"):
         SamplingParams(max_tokens=0)
-    with pytest.raises(RequestError, match="^n: wanted 1 with max_tokens=0"):
+    with pytest.raises(RequestError, match=r"^n: wanted 1 with max_tokens=0"):
         SamplingParams(max_tokens=0, prompt_logprobs=0, n=2)
     with pytest.raises(RequestError, match="min_tokens"):
         SamplingParams(max_tokens=0, prompt_logprobs=0, min_tokens=1)
