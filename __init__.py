@@ -9,21 +9,35 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .core.async_llm import AsyncLLM
     from .core.llm import LLM
-    from .core.outputs import CompletionOutput, RequestOutput, StreamChunk
+    from .core.outputs import CompletionOutput, RequestOutput, ScoreOutput, StreamChunk
+    from .core.stats import Stats
     from .sampling.params import SamplingParams
 
 __version__ = "0.1.0"
 
 _LAZY = {
     "LLM": "core.llm",
+    "AsyncLLM": "core.async_llm",
     "CompletionOutput": "core.outputs",
     "RequestOutput": "core.outputs",
+    "ScoreOutput": "core.outputs",
+    "Stats": "core.stats",
     "StreamChunk": "core.outputs",
     "SamplingParams": "sampling.params",
 }
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "StreamChunk"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "ScoreOutput",
+    "Stats",
+    "StreamChunk",
+]
 
 
 def __getattr__(name: str) -> object:

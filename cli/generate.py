@@ -65,15 +65,11 @@ def command(prompts: tuple[str, ...], **options: Any) -> None:
 
 def _as_chat(tokenizer: Any | None, text: str) -> str | list[int]:
     """The text as a user's message where the model has a chat template, else as it is."""
-    if tokenizer is None or not getattr(tokenizer, "chat_template", None):
+    from ..core.chat import chat_tokens, has_chat_template
+
+    if not has_chat_template(tokenizer):
         return text
-    ids: list[int] = tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=False,
-    )
-    return ids
+    return chat_tokens(tokenizer, [{"role": "user", "content": text}])
 
 
 def _as_json(text: str, output: Any) -> dict[str, Any]:

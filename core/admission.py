@@ -49,11 +49,12 @@ def check_admissible(request: Request, config: SchedulerConfig, pool: PagePool) 
     prompt = request.num_prompt_tokens
     if prompt == 0:
         raise RequestError("the prompt has no tokens; wanted at least 1. Give it some text.")
-    if prompt >= config.max_model_len:
+    outputs = 0 if request.params.scores_only else 1
+    if prompt + outputs > config.max_model_len:
         raise RequestError(
             f"the prompt has {prompt} tokens; max_model_len {config.max_model_len} leaves room for "
-            f"at most {config.max_model_len - 1} and one output token. Shorten the prompt, or "
-            "start the engine with a larger max_model_len."
+            f"at most {config.max_model_len - outputs} and {outputs} output token(s). Shorten the "
+            "prompt, or start the engine with a larger max_model_len."
         )
     room = config.max_model_len - prompt
     max_tokens = room if request.params.max_tokens is None else request.params.max_tokens
@@ -70,7 +71,7 @@ def check_admissible(request: Request, config: SchedulerConfig, pool: PagePool) 
             "start the engine with a larger max_num_batched_tokens or with chunked_prefill=True."
         )
     # The last sampled token ends the request and is never computed, so it takes no slot.
-    stored = prompt + max_tokens - 1
+    stored = prompt + max(0, max_tokens - 1)
     pages = pool.pages_for(stored)
     if pages > pool.num_pages:
         raise RequestError(

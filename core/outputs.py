@@ -34,10 +34,10 @@ class CompletionOutput:
 class RequestOutput:
     """A finished request.
 
-    ``prompt_logprobs[i]`` belongs to ``prompt_token_ids[i]``; the first is ``None``, for nothing
-    precedes it. ``num_cached_tokens`` counts the prompt tokens taken from the prefix cache by the
-    first choice. ``fingerprint`` names everything the bits depend on but the request itself; under
-    ``deterministic=False`` it promises nothing.
+    ``prompt_logprobs[i]`` belongs to ``prompt_token_ids[i]``; it is ``None`` for the first, which
+    nothing precedes, and for those that were not asked for. ``num_cached_tokens`` counts the prompt
+    tokens taken from the prefix cache by the first choice. ``fingerprint`` names everything the
+    bits depend on but the request itself; under ``deterministic=False`` it promises nothing.
     """
 
     request_id: str
@@ -50,8 +50,30 @@ class RequestOutput:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreOutput:
+    """The logprobs of a given sequence, as decoding would have reported them.
+
+    All tuples have one entry a token of ``token_ids``; it is ``None`` for the first ``prompt_len``
+    tokens and for the very first, which nothing precedes. ``logprobs`` are natural logarithms,
+    ``ranks`` count from 1. ``top_logprobs`` holds each token itself and the likeliest ones that
+    were asked for; ``None`` with ``top=0``. ``cumulative_logprob`` is the sum of ``logprobs``.
+    """
+
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    logprobs: tuple[float | None, ...]
+    ranks: tuple[int | None, ...]
+    top_logprobs: tuple[TokenLogprobs | None, ...] | None
+    cumulative_logprob: float
+    num_cached_tokens: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StreamChunk:
     """What one step added to one choice: the pieces of all its chunks make up its output.
+
+    ``token_ids`` is one token, or empty where a request only scored its prompt.
 
     ``text`` may be empty while a character or a possible stop string is incomplete.
     ``output`` is the whole request, on its very last chunk alone.

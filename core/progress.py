@@ -47,20 +47,21 @@ class Choice:
         self.text += text
         return text, finish
 
-    def last_logprobs(self, tokenizer: Any | None) -> tuple[TokenLogprobs, ...] | None:
-        """The last token's logprobs, where they were asked for."""
+    def logprobs(self, last: int, tokenizer: Any | None) -> tuple[TokenLogprobs, ...] | None:
+        """The logprobs of the ``last`` tokens, where they were asked for."""
         if self.request.params.logprobs is None:
             return None
-        return (token_logprobs(self.rows[-1], tokenizer),)
+        rows = self.rows[len(self.rows) - last :]
+        return tuple(token_logprobs(row, tokenizer) for row in rows)
 
     def output(self, tokenizer: Any | None) -> CompletionOutput:
-        wants = self.request.params.logprobs is not None
+        """What it has come to."""
         return CompletionOutput(
             index=self.request.choice,
             text=self.text,
             token_ids=tuple(row.token_id for row in self.rows),
             cumulative_logprob=sum(row.logprob for row in self.rows),
-            logprobs=tuple(token_logprobs(r, tokenizer) for r in self.rows) if wants else None,
+            logprobs=self.logprobs(len(self.rows), tokenizer),
             finish_reason=self.request.finish_reason,
             stop_reason=self.request.stop_reason,
         )
@@ -68,18 +69,15 @@ class Choice:
 
 @dataclass(slots=True, eq=False)
 class Group:
-    """A request as the user made it: one prompt, its choices, its scored prompt."""
+    """A request as the user made it: one prompt, its choices, its prompt's scores by position."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     params: SamplingParams
+    score_from: int = 1
     choices: list[Choice] = field(default_factory=list)
     prompt_rows: dict[int, SampledRow] = field(default_factory=dict)
-
-    def add_prompt_rows(self, start: int, rows: list[SampledRow]) -> None:
-        """Keep the scores of the prompt tokens from position ``start`` on."""
-        self.prompt_rows.update(enumerate(rows, start))
 
     @property
     def finished(self) -> bool:
@@ -99,5 +97,7 @@ class Group:
     def _prompt_logprobs(self, tokenizer: Any | None) -> tuple[TokenLogprobs | None, ...] | None:
         if self.params.prompt_logprobs is None:
             return None
-        scored = range(1, len(self.prompt_token_ids))
-        return (None, *(token_logprobs(self.prompt_rows[p], tokenizer) for p in scored))
+        first = min(self.score_from, len(self.prompt_token_ids))
+        scored = range(first, len(self.prompt_token_ids))
+        rows = (token_logprobs(self.prompt_rows[p], tokenizer) for p in scored)
+        return (*[None] * first, *rows)

@@ -28,9 +28,9 @@ class Request:
     scheduler gives it out.
 
     Tokens below ``prefill_end`` are computed by prefill, those from there on by decoding, one a
-    step; it is set at each admission. Of the tokens below ``num_scored_tokens`` every logit row
-    was computed at some time, also before a preemption. ``lock`` holds the radix path whose pages
-    ``page_ids`` begins with; the pages after those are the request's own.
+    step; it is set at each admission. Of the tokens below ``num_scored_tokens`` no logit row is
+    wanted for scoring: it was computed, perhaps before a preemption, or not asked for. ``lock``
+    holds the radix path whose pages ``page_ids`` begins with; those after are the request's own.
     """
 
     request_id: str
@@ -57,6 +57,11 @@ class Request:
     @property
     def num_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def group_id(self) -> str:
+        """The id that the user gave: the engine adds ``#choice`` to it, also where n is 1."""
+        return self.request_id.rpartition("#")[0]
 
     @property
     def decoding(self) -> bool:

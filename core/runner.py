@@ -6,13 +6,15 @@ and a host that schedules ahead need.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from ..backends.base import AttentionBackend, Batch, LayerCache
+from ..errors import BackendError
 from ..kernels.kernel_set import KernelSet
 from ..models.decoder import Decoder
 from ..sampling.sampler import SampledRow, SamplingRow, sample, score_prompt
@@ -33,15 +35,17 @@ Observer = Callable[[str, Tensor, RowOwners], None]
 class SeqResult:
     """What a step found out for one sequence.
 
-    ``prompt_rows[i]`` scores the prompt token at position ``start + 1 + i``.
+    ``prompt_rows`` scores prompt tokens, by position.
     """
 
     sampled: SampledRow | None = None
-    prompt_rows: list[SampledRow] = field(default_factory=list)
+    prompt_rows: dict[int, SampledRow] = field(default_factory=dict)
 
 
 class Runner:
     """A model with its backend, caches and kernels.
+
+    ``backend_name`` is what errors call the backend.
 
     ``observer`` is None except while ``verify`` looks for the first op where two runs part.
     """
@@ -54,6 +58,7 @@ class Runner:
         kernels: KernelSet,
         sampling_seed: int,
         eos_token_ids: tuple[int, ...],
+        backend_name: str,
     ) -> None:
         self.decoder = decoder
         self.backend = backend
@@ -61,11 +66,19 @@ class Runner:
         self.kernels = kernels
         self.sampling_seed = sampling_seed
         self.eos_token_ids = eos_token_ids
+        self.backend_name = backend_name
         self.observer: Observer | None = None
 
     @torch.inference_mode()
     def execute(self, step: Step) -> list[SeqResult]:
-        """Run the step; one result for each of ``step.seqs``, in order."""
+        """Run the step; one result for each of ``step.seqs``, in order.
+
+        Nothing but the pages of the step's own new tokens is written, so a step that raises can be
+        forgotten.
+
+        :raises BackendError: the backend raised an error; it is the cause.
+        :raises LogitsProcessorError: a request's own processor failed.
+        """
         batch = self.prepare(step.seqs)
         owners = _row_owners(step.seqs) if self.observer else []
         hidden = self.forward(batch, owners)
@@ -111,11 +124,13 @@ class Runner:
 
     def forward(self, batch: Batch, owners: RowOwners) -> Tensor:
         """Hidden states ``[T, hidden]`` after the final norm; K and V land in the cache."""
-        plan = self.backend.plan(batch)
+        with self._blaming("plan"):
+            plan = self.backend.plan(batch)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = torch.empty_like(q)
-            self.backend.run(q, k, v, self.layers[layer], plan, out)
+            with self._blaming("run"):
+                self.backend.run(q, k, v, self.layers[layer], plan, out)
             return out
 
         self._observe(owners)
@@ -128,8 +143,8 @@ class Runner:
         sampling_rows: list[int] = []
         row = 0
         for seq, result in zip(seqs, results, strict=True):
-            if _scored_rows(seq):
-                result.prompt_rows = self._score(seq, hidden, row, owners)
+            if seq.request.params.prompt_logprobs is not None:
+                result.prompt_rows = self._score(seq, hidden, row - seq.start, owners)
             row += seq.num_tokens
             if seq.samples:
                 sampling_rows.append(row - 1)
@@ -143,20 +158,25 @@ class Runner:
         return results
 
     def _score(
-        self, seq: ScheduledSeq, hidden: Tensor, first_row: int, owners: RowOwners
-    ) -> list[SampledRow]:
-        """Logprobs of the prompt tokens that this chunk's rows predict."""
+        self, seq: ScheduledSeq, hidden: Tensor, row_of_0: int, owners: RowOwners
+    ) -> dict[int, SampledRow]:
+        """Logprobs of the prompt tokens that this chunk's rows predict, by position.
+
+        The row of position ``p`` is ``row_of_0 + p``; it predicts the token at ``p + 1``.
+        """
         request = seq.request
         wanted = request.params.prompt_logprobs or 0
-        scored: list[SampledRow] = []
-        count = _scored_rows(seq)
-        for begin in range(0, count, _LOGITS_ROWS):
-            end = min(begin + _LOGITS_ROWS, count)
-            rows = slice(first_row + begin, first_row + end)
-            targets = request.prompt_token_ids[seq.start + begin + 1 : seq.start + end + 1]
+        scored: dict[int, SampledRow] = {}
+        first = max(seq.start, request.num_scored_tokens)
+        last = min(seq.start + seq.num_tokens, request.num_prompt_tokens - 1)
+        for begin in range(first, last, _LOGITS_ROWS):
+            end = min(begin + _LOGITS_ROWS, last)
+            rows = slice(row_of_0 + begin, row_of_0 + end)
+            targets = request.prompt_token_ids[begin + 1 : end + 1]
             self._observe(owners[rows])
             logits = self.decoder.logits(hidden[rows])
-            scored += score_prompt(logits, targets, [wanted] * len(targets), self.kernels)
+            reports = score_prompt(logits, targets, [wanted] * len(targets), self.kernels)
+            scored.update(enumerate(reports, begin + 1))
         return scored
 
     def _sampling_row(self, seq: ScheduledSeq) -> SamplingRow:
@@ -170,18 +190,25 @@ class Runner:
             prompt_token_ids=request.prompt_token_ids,
             output_token_ids=request.output_token_ids,
             eos_token_ids=self.eos_token_ids,
+            request_id=request.group_id,
         )
+
+    @contextmanager
+    def _blaming(self, call: str) -> Iterator[None]:
+        """Name the backend in whatever error its ``call`` raises."""
+        try:
+            yield
+        except Exception as error:
+            raise BackendError(
+                f"attention backend {self.backend_name!r} raised {type(error).__name__} in "
+                f"{call}(): {error}. The step was not computed; the engine can be used again. If "
+                "it comes back, report it to the backend's author or pass another "
+                "attention_backend."
+            ) from error
 
     def _observe(self, owners: RowOwners) -> None:
         observer = self.observer
         self.decoder.tap = (lambda name, rows: observer(name, rows, owners)) if observer else None
-
-
-def _scored_rows(seq: ScheduledSeq) -> int:
-    """How many of a chunk's rows predict a prompt token that is to be scored."""
-    if seq.request.params.prompt_logprobs is None:
-        return 0
-    return max(0, min(seq.num_tokens, seq.request.num_prompt_tokens - 1 - seq.start))
 
 
 def _row_owners(seqs: Sequence[ScheduledSeq]) -> RowOwners:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from ..cache.pages import PagePool
@@ -20,28 +19,18 @@ from ..sampling.stopping import FinishReason
 from .admission import SchedulerConfig, check_admissible
 from .paging import Paging
 from .request import Request, RequestStatus
+from .stats import SchedulerStats
 from .step import ScheduledSeq, Step
 
 __all__ = ["ScheduledSeq", "Scheduler", "SchedulerConfig", "SchedulerStats", "Step"]
 
 
-@dataclass(slots=True)
-class SchedulerStats:
-    """Counts since start. ``tokens_scheduled`` has recomputed tokens too."""
-
-    steps: int = 0
-    tokens_scheduled: int = 0
-    admissions: int = 0
-    preemptions: int = 0
-    finished: int = 0
-
-
 class Scheduler:
     """Running and waiting requests, first come first served.
 
-    Call ``schedule``, compute the step, call ``complete``, then ``finish`` what has ended; so on
-    in turn. ``abort`` and ``preempt`` may come at any time: a step's token for a request that no
-    longer runs is dropped.
+    Call ``schedule``, compute the step, call ``complete`` (or ``cancel``), then ``finish`` what has
+    ended, and so on in turn; a request that only scores ends with its prompt. ``abort`` and
+    ``preempt`` may come at any time: a step's token for a request that no longer runs is dropped.
     """
 
     def __init__(
@@ -136,6 +125,29 @@ class Scheduler:
                 request.output_token_ids.append(token)
                 advanced.append(request)
         return advanced
+
+    def cancel(self, step: Step) -> None:
+        """Forget a step that was not computed: its requests wait, in order, to be recomputed.
+
+        Whatever the step wrote lies in pages that nobody counts as computed.
+        """
+        self._in_flight = False
+        for seq in step.seqs:
+            if seq.request.running:
+                self.preempt(seq.request)
+
+    def reset(self) -> None:
+        """Drop every request, page and cached prefix: for when the state cannot be trusted."""
+        self.pool = PagePool(self.pool.num_pages, self.pool.page_size)
+        if self.cache is not None:
+            counts = self.cache.stats
+            self.cache = RadixCache(self.pool, self.cache.policy)
+            self.cache.stats = counts
+        self._paging = Paging(self.pool, self.cache)
+        self._requests = {}
+        self._waiting = []
+        self.running = []
+        self._in_flight = False
 
     def finish(
         self, request: Request, reason: FinishReason, stop_reason: int | str | None = None
@@ -277,6 +289,7 @@ class Scheduler:
 
     def _append(self, step: Step, request: Request, num_tokens: int) -> None:
         start = request.num_computed_tokens
-        samples = start + num_tokens == request.num_tokens
+        last = start + num_tokens == request.num_tokens
+        samples = last and not request.params.scores_only
         step.seqs.append(ScheduledSeq(request, start, num_tokens, request.decoding, samples))
         step.num_tokens += num_tokens

@@ -59,6 +59,7 @@ def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, Startu
         choice.kernels,
         config.sampling_seed,
         model.eos_token_ids,
+        selection.spec.name,
     )
     scheduler = _scheduler(config, selection, num_pages, max_model_len)
     parts = fingerprint_parts(config, model, digest, dtype, selection, choice)

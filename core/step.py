@@ -12,7 +12,7 @@ class ScheduledSeq:
     """Compute tokens ``start … start + num_tokens - 1`` of ``request``.
 
     ``is_decode``: one token, in the request's decode phase. ``samples``: its last row is followed
-    by no known token, so one is sampled.
+    by no known token, so one is sampled, unless the request only scores its prompt.
     """
 
     request: Request

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any
 
 from isobit import LLM, SamplingParams
+from isobit.core.chat import chat_tokens
 from isobit.verify.judge import judge_all
 from isobit.verify.restart import RestartSpec
 from isobit.verify.table import table
@@ -22,12 +22,7 @@ QUESTIONS = (
 
 def chat(llm: LLM, question: str) -> list[int]:
     """The question through the model's chat template, as token ids."""
-    tokenizer: Any = llm.tokenizer
-    message = [{"role": "user", "content": question}]
-    ids: list[int] = tokenizer.apply_chat_template(
-        message, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return ids
+    return chat_tokens(llm.tokenizer, [{"role": "user", "content": question}])
 
 
 def main() -> int:

@@ -1,9 +1,10 @@
-"""What a request does to its logits before temperature: bias, ``min_tokens``, penalties.
+"""What a request does to its logits before temperature: its processors, bias, penalties.
 
-In vLLM's order: ``logit_bias``; the tokens that would end the request become impossible until
+The request's own processors come first, so that none undoes what follows. Then, in vLLM's order:
+``logit_bias``; the tokens that would end the request become impossible until
 ``min_tokens``; repetition penalty over prompt and output (a positive logit is divided by it, a
 negative one multiplied); frequency penalty times the count in the output; presence penalty once for
-each token in the output. Each is one fp32 operation on the tokens concerned.
+each token in the output. Each of these is one fp32 operation on the tokens concerned.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from .processors import apply_processors
 from .rows import SamplingRow
 from .stopping import ending_token_ids
 
@@ -22,7 +24,8 @@ def edits_logits(row: SamplingRow) -> bool:
     """Whether ``edit_logits`` would change anything."""
     p = row.params
     return bool(
-        p.bias_pairs
+        p.logits_processors
+        or p.bias_pairs
         or len(row.output_token_ids) < p.min_tokens
         or p.repetition_penalty != 1.0
         or p.frequency_penalty != 0.0
@@ -33,6 +36,8 @@ def edits_logits(row: SamplingRow) -> bool:
 def edit_logits(logits: Tensor, row: SamplingRow) -> None:
     """Change one row's logits, fp32 ``[V]``, in place."""
     p = row.params
+    if p.logits_processors:
+        logits.copy_(apply_processors(logits, row))
     if p.bias_pairs:
         ids, values = zip(*p.bias_pairs, strict=True)
         logits[_index(ids, logits)] += logits.new_tensor(values)

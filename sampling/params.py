@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..errors import RequestError
 from .strict import refuse_names, refuse_unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LogitsProcessor = Callable[[Sequence[int], "Tensor"], "Tensor"]
+"""``(output token ids so far, logits fp32 [V]) -> logits fp32 [V]``: a pure function."""
 
 MIN_TEMPERATURE = 1e-5
 MAX_TEMPERATURE = 1e5
@@ -18,7 +24,9 @@ _INT64 = (-(2**63), 2**63 - 1)
 @refuse_unknown
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request is sampled. Names and meanings are vLLM's; objects hash and pickle.
+    """How one request is sampled. Names and meanings are vLLM's.
+
+    Objects hash, and pickle where their logits processors do.
 
     n:              choices for one prompt; each has noise of its own
     temperature:    0 = greedy (the highest logit, lowest id on ties), else 1e-5 … 1e5
@@ -26,7 +34,8 @@ class SamplingParams:
     top_k:          keep that many likeliest tokens; 0 or -1 = off
     min_p:          keep tokens at least this fraction as likely as the likeliest; 0 = off
     seed:           an int64, or None for the engine's ``sampling_seed``
-    max_tokens:     at most this many tokens; None = up to the context length
+    max_tokens:     at most this many tokens; None = up to the context length; 0 = none, only the
+                    prompt is scored, which needs ``prompt_logprobs`` and ``n=1``
     min_tokens:     EOS, stop tokens and stop strings cannot end the output before this many
     stop:           a string or several; given out as a tuple without repeats
     stop_token_ids: token ids that end the output; given out as a tuple
@@ -37,6 +46,11 @@ class SamplingParams:
     presence_penalty, frequency_penalty: -2 … 2, over the output's tokens
     repetition_penalty: 0.01 … 100, over the prompt's and the output's tokens; 1 = off
     logit_bias:     token id -> -100 … 100, added to the logits; given out as sorted pairs
+    logits_processors: functions ``(output token ids so far, logits fp32 [V]) -> logits fp32 [V]``,
+                    applied in order to the model's own logits, before all else. Each gets a copy
+                    of its row alone. They must be pure: equal arguments give equal bits, and
+                    nothing else is read or changed; no fingerprint covers them. Compared and
+                    hashed by identity; given out as a tuple
     skip_special_tokens: leave special tokens out of the text
     include_stop_str_in_output: keep the stop string (or stop token) in the text
 
@@ -61,6 +75,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
+    logits_processors: Sequence[LogitsProcessor] | None = ()
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
 
@@ -74,9 +89,17 @@ class SamplingParams:
 
         ``null`` stands for the default, except ``max_tokens: null``, which means up to the context
         length. ``logit_bias`` may have its token ids as strings, as JSON's keys must be.
+        ``logits_processors`` are refused: JSON holds no functions.
         """
         refuse_names(cls.__name__, mapping, [f.name for f in fields(cls)])
         values = {k: v for k, v in mapping.items() if v is not None or k == "max_tokens"}
+        if values.get("logits_processors"):
+            raise _wrong(
+                "logits_processors",
+                "nothing, as JSON holds no functions",
+                values["logits_processors"],
+                "Pass functions to SamplingParams in Python, or use logit_bias.",
+            )
         if isinstance(values.get("logit_bias"), Mapping):
             values["logit_bias"] = {_id_key(k): v for k, v in values["logit_bias"].items()}
         return cls(**values)
@@ -99,6 +122,16 @@ class SamplingParams:
     def bias_pairs(self) -> tuple[tuple[int, float], ...]:
         """``logit_bias`` as (token id, bias) in ascending id; empty where there is none."""
         return cast("tuple[tuple[int, float], ...]", self.logit_bias or ())
+
+    @property
+    def processors(self) -> tuple[LogitsProcessor, ...]:
+        """``logits_processors`` with the type that it has once checked."""
+        return tuple(self.logits_processors or ())
+
+    @property
+    def scores_only(self) -> bool:
+        """Whether no token is to be sampled: only the prompt is scored."""
+        return self.max_tokens == 0
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check what only the model knows; called when a request is submitted.
@@ -125,7 +158,7 @@ class SamplingParams:
 
 def _checked(p: SamplingParams) -> dict[str, object]:
     """Every field of ``p`` in its final form; raises where one is wrong."""
-    limit = _max_tokens(p.max_tokens)
+    limit = _max_tokens(p)
     least = _integer("min_tokens", p.min_tokens, 0)
     if limit is not None and least > limit:
         raise _wrong("min_tokens", f"at most max_tokens = {limit}", least, "Raise max_tokens.")
@@ -144,6 +177,7 @@ def _checked(p: SamplingParams) -> dict[str, object]:
         "frequency_penalty": _real("frequency_penalty", p.frequency_penalty, -2.0, 2.0),
         "repetition_penalty": _real("repetition_penalty", p.repetition_penalty, 0.01, 100.0),
         "logit_bias": _bias(p.logit_bias),
+        "logits_processors": _processors(p.logits_processors),
     }
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(p, name)
@@ -198,14 +232,16 @@ def _top_p(value: object) -> float:
     return number
 
 
-def _max_tokens(value: object) -> int | None:
+def _max_tokens(p: SamplingParams) -> int | None:
+    value: object = p.max_tokens
     if value is None:
         return None
-    remedy = (
-        "Use None for up to the context length; to score a prompt, use prompt_logprobs with "
-        "max_tokens=1."
-    )
-    return _integer("max_tokens", value, 1, remedy=remedy)
+    least = 1 if p.prompt_logprobs is None else 0
+    remedy = "Use None for up to the context length; 0 only scores a prompt, with prompt_logprobs."
+    limit = _integer("max_tokens", value, least, remedy=remedy)
+    if limit == 0 and p.n != 1:
+        raise _wrong("n", "1 with max_tokens=0", p.n, "Leave n out: a prompt is scored once.")
+    return limit
 
 
 def _stop(value: object) -> tuple[str, ...]:
@@ -240,6 +276,15 @@ def _bias(value: object) -> tuple[tuple[int, float], ...] | None:
     return tuple(
         sorted((_integer(name, k, 0), _real(name, v, -100, 100)) for k, v in pairs.items())
     )
+
+
+def _processors(value: object) -> tuple[LogitsProcessor, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Sequence) or not all(callable(item) for item in value):
+        remedy = "Pass logits_processors=[function]."
+        raise _wrong("logits_processors", "a list of functions", value, remedy)
+    return tuple(value)
 
 
 def _id_key(key: object) -> object:

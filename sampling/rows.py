@@ -17,6 +17,7 @@ class SamplingRow:
     position: absolute position of the token being sampled (prompt length + tokens so far)
     prompt_token_ids, output_token_ids: what penalties and ``min_tokens`` look at
     eos_token_ids: the model's end-of-sequence tokens
+    request_id: what errors call the row
     """
 
     params: SamplingParams
@@ -26,6 +27,7 @@ class SamplingRow:
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int]
     eos_token_ids: Collection[int]
+    request_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

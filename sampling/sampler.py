@@ -5,10 +5,11 @@ request's filters keep. Gumbel noise is keyed by (seed, choice, position) and *v
 token's noise is the same whatever is sorted, filtered or batched beside it. Ties go to the lowest
 id. Temperature 0 is the argmax of the edited logits, which no filter could change.
 
-Order, as in vLLM: ``logit_edits`` (bias, ``min_tokens``, penalties), temperature, ``filters``
-(min-p, top-k, top-p). Every operation on a row gives the bits it would give to that row alone: the
-kernels by contract, the rest because elementwise arithmetic, comparisons, maxima and integer counts
-do not depend on shape or threads. No global random generator is read or set.
+Order, as in vLLM: ``logit_edits`` (processors, bias, ``min_tokens``, penalties), temperature,
+``filters`` (min-p, top-k, top-p). Every operation on a row gives the bits it would give to that row
+alone: the kernels by contract, the processors because they see that row alone, the rest because
+elementwise arithmetic, comparisons, maxima and integer counts do not depend on shape or threads. No
+global random generator is read or set.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], kernels: KernelSet) -> l
     logits: fp32 ``[R, V]``, row ``i`` belongs to ``rows[i]``; left unchanged
 
     :raises EngineError: where a row holds NaN or +inf, or no possible token.
+    :raises LogitsProcessorError: where a row's own processor fails.
     """
     if not rows:
         return []

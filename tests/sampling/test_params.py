@@ -127,6 +127,19 @@ def test_signature_survives_the_decorator() -> None:
     assert "temperature" in inspect.signature(SamplingParams).parameters
 
 
+def test_no_tokens_at_all_only_to_score_a_prompt() -> None:
+    p = SamplingParams(max_tokens=0, prompt_logprobs=0)
+    assert p.scores_only
+    assert not SamplingParams(max_tokens=1, prompt_logprobs=0).scores_only
+    assert SamplingParams.from_mapping({"max_tokens": 0, "prompt_logprobs": 2}).scores_only
+    with pytest.raises(RequestError, match="0 only scores a prompt, with prompt_logprobs"):
+        SamplingParams(max_tokens=0)
+    with pytest.raises(RequestError, match=r"^n: wanted 1 with max_tokens=0"):
+        SamplingParams(max_tokens=0, prompt_logprobs=0, n=2)
+    with pytest.raises(RequestError, match="min_tokens"):
+        SamplingParams(max_tokens=0, prompt_logprobs=0, min_tokens=1)
+
+
 def test_from_mapping_reads_json() -> None:
     p = SamplingParams.from_mapping(
         {"temperature": None, "stop": None, "max_tokens": None, "logit_bias": {"12": 3}}

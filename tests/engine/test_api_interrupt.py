@@ -1,0 +1,197 @@
+"""A step that raises, also Ctrl-C, leaves an engine that gives the same bits again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from isobit import LLM, RequestOutput, SamplingParams
+from isobit.errors import BackendError, EngineError
+from isobit.verify.transcript import Transcript, transcripts
+
+PROMPTS = [[1, 2, 3], list(range(40, 140)), [9] * 33]
+PARAMS = [
+    SamplingParams(temperature=1, max_tokens=12, ignore_eos=True, logprobs=2, prompt_logprobs=1),
+    SamplingParams(temperature=1, max_tokens=12, ignore_eos=True, logprobs=2, n=2),
+    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2),
+]
+
+
+@pytest.fixture
+def llm() -> Iterator[LLM]:
+    options: dict[str, Any] = {"max_num_batched_tokens": 48, "max_model_len": 256}
+    with LLM("tiny-qwen3", load_format="random", **options) as llm:
+        yield llm
+
+
+def bits(outputs: list[RequestOutput]) -> list[list[Transcript]]:
+    return [transcripts(output) for output in outputs]
+
+
+def raise_at(
+    monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, error: BaseException
+) -> None:
+    """Let ``owner.name`` raise once, at its call number ``call``."""
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise error
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, wrapped)
+
+
+def target(llm: LLM, where: str) -> tuple[object, str]:
+    engine = llm.engine
+    return {
+        "execute": (engine.runner, "execute"),
+        "run": (engine.runner.backend, "run"),
+        "plan": (engine.runner.backend, "plan"),
+        "sample": (engine.runner, "_sampling_row"),
+        "schedule": (engine.scheduler, "schedule"),
+        "complete": (engine.scheduler, "complete"),
+        "advance": (engine, "_advance"),
+    }[where]
+
+
+@pytest.mark.parametrize(
+    ("where", "call"),
+    [
+        *(("execute", 1), ("execute", 4), ("execute", 9), ("run", 1), ("run", 8), ("run", 21)),
+        *(("plan", 2), ("sample", 7), ("schedule", 3), ("complete", 6), ("advance", 10)),
+    ],
+)
+def test_generate_again_after_ctrl_c(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str, call: int
+) -> None:
+    expected = bits(llm.generate(PROMPTS, PARAMS))
+    llm.flush_cache()
+    with monkeypatch.context() as patch:
+        raise_at(patch, *target(llm, where), call, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPTS, PARAMS)
+        assert not llm.engine.has_unfinished()
+        llm.engine.scheduler.check_integrity()
+    assert bits(llm.generate(PROMPTS, PARAMS)) == expected
+    llm.engine.scheduler.check_integrity()
+    llm.flush_cache()
+    assert llm.stats().pages_free == llm.stats().pages_total
+
+
+@pytest.mark.parametrize("call", [1, 3, 5])
+def test_score_again_after_ctrl_c(llm: LLM, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    expected = llm.score(PROMPTS, prompt_lens=2, top=2)
+    llm.flush_cache()
+    with monkeypatch.context() as patch:
+        raise_at(patch, llm.engine.runner.backend, "run", call, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            llm.score(PROMPTS, prompt_lens=2, top=2)
+    assert not llm.engine.has_unfinished()
+    scores = llm.score(PROMPTS, prompt_lens=2, top=2)
+    assert [s.top_logprobs for s in scores] == [s.top_logprobs for s in expected]
+
+
+@pytest.mark.parametrize("where", ["execute", "run", "plan", "sample"])
+@pytest.mark.parametrize("call", [1, 3, 7])
+def test_requests_survive_an_interrupted_step(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str, call: int
+) -> None:
+    """A loop goes on after Ctrl-C where it was, and so does another's stream."""
+    expected = bits(llm.generate(PROMPTS, PARAMS))
+    llm.flush_cache()
+    stream = llm.stream(PROMPTS[2:], PARAMS[2:])
+    ids = [llm.add_request(p, param) for p, param in zip(PROMPTS[:2], PARAMS[:2], strict=True)]
+    raise_at(monkeypatch, *target(llm, where), call, KeyboardInterrupt())
+    finals: dict[str, RequestOutput] = {}
+    texts: dict[tuple[str, int], tuple[int, ...]] = {}
+    interrupts = 0
+    while llm.has_unfinished_requests():
+        try:
+            chunks = llm.step()
+        except KeyboardInterrupt:
+            interrupts += 1
+            llm.engine.scheduler.check_integrity()
+            continue
+        for chunk in chunks:
+            key = (chunk.request_id, chunk.index)
+            texts[key] = texts.get(key, ()) + chunk.token_ids
+            if chunk.output is not None:
+                finals[chunk.request_id] = chunk.output
+    assert interrupts == 1
+    assert [transcripts(finals[request_id]) for request_id in ids] == expected[:2]
+    for request_id, output in finals.items():
+        for choice in output.outputs:
+            assert texts[request_id, choice.index] == choice.token_ids
+    last = list(stream)[-1].output
+    assert last is not None
+    assert transcripts(last) == expected[2]
+    assert llm.stats().preemptions > 0  # the recomputation was real
+
+
+@pytest.mark.parametrize("where", ["schedule", "complete", "advance"])
+def test_a_step_that_cannot_be_saved_drops_its_requests_and_says_so(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    expected = bits(llm.generate(PROMPTS, PARAMS))
+    llm.add_request([1], PARAMS[2], request_id="mine")
+    stream = llm.stream([[1, 2]], PARAMS[2])
+    next(stream)
+    llm.step()
+    with monkeypatch.context() as patch:
+        raise_at(patch, *target(llm, where), 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+    with pytest.raises(EngineError, match="requests mine were dropped"):
+        llm.step()
+    assert not llm.has_unfinished_requests()
+    with pytest.raises(EngineError, match="were dropped"):
+        list(stream)
+    assert bits(llm.generate(PROMPTS, PARAMS)) == expected
+    llm.engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize(("where", "call"), [("plan", 1), ("plan", 5), ("run", 1), ("run", 9)])
+def test_a_backends_error_names_it_and_the_engine_goes_on(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str, call: int
+) -> None:
+    expected = bits(llm.generate(PROMPTS, PARAMS))
+    llm.flush_cache()
+    with monkeypatch.context() as patch:
+        raise_at(patch, *target(llm, where), call, IndexError("tile 7"))
+        with pytest.raises(BackendError, match=rf"'torch' raised IndexError in {where}.*tile 7"):
+            llm.generate(PROMPTS, PARAMS)
+    assert not llm.engine.has_unfinished()
+    assert bits(llm.generate(PROMPTS, PARAMS)) == expected
+
+
+def test_a_step_within_a_step_is_refused(llm: LLM) -> None:
+    def nested(token_ids: Any, logits: Any) -> Any:
+        llm.generate([[1]])
+        return logits
+
+    (expected,) = bits(llm.generate(PROMPTS[:1], PARAMS[0]))
+    with pytest.raises(ValueError, match="while a step runs"):
+        llm.generate([[5]], SamplingParams(logits_processors=[nested]))
+    assert bits(llm.generate(PROMPTS[:1], PARAMS[0])) == [expected]
+    assert not llm.engine.has_unfinished()
+
+
+def test_bits_would_differ_if_a_row_did(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: stale K and V after an undone step would show."""
+    expected = bits(llm.generate(PROMPTS, PARAMS))
+    llm.flush_cache()
+    backend = llm.engine.runner.backend
+    original = backend.run
+
+    def wrong(q: Any, k: Any, v: Any, layer: Any, plan: Any, out: Any) -> None:
+        original(q, k, v, layer, plan, out)
+        layer.k[:, 0] *= 1.001
+
+    monkeypatch.setattr(backend, "run", wrong)
+    assert bits(llm.generate(PROMPTS, PARAMS)) != expected
