@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from ..core.engine import Engine
     from ..sampling.params import SamplingParams
 
+_Finish = Callable[[], object] | None
+"""Waits for the device's work; None where a call returns when its work is done."""
+
 
 @dataclass(frozen=True, slots=True)
 class Workload:
@@ -168,22 +171,26 @@ def timed_steps(engine: Engine) -> Iterator[StepTimes]:
 
     runner = engine.runner
     wait = _waiter(runner.backend.config.device.type)
-    wrapped = (
+    wrapped: list[tuple[object, str, _Finish, Callable[[float], None]]] = [
         (runner, "forward", wait, add_model),
         (runner.decoder, "logits", wait, add_model),
         (engine, "step", None, add_step),
-    )
+    ]
+    replaced = [vars(owner).get(name) for owner, name, _, _ in wrapped]
     for owner, name, finish, add in wrapped:
         setattr(owner, name, _timed(getattr(owner, name), finish, add))
     try:
         yield times
     finally:
-        for owner, name, _, _ in wrapped:
-            delattr(owner, name)  # the class's own method shows again
+        for (owner, name, _, _), own in zip(wrapped, replaced, strict=True):
+            if own is None:
+                delattr(owner, name)  # the class's own method shows again
+            else:
+                setattr(owner, name, own)
 
 
 def _timed(
-    method: Callable[..., Any], finish: Callable[[], object] | None, add: Callable[[float], None]
+    method: Callable[..., Any], finish: _Finish, add: Callable[[float], None]
 ) -> Callable[..., Any]:
     @functools.wraps(method)
     def timed(*args: Any, **kwargs: Any) -> Any:
@@ -197,8 +204,7 @@ def _timed(
     return timed
 
 
-def _waiter(device: str) -> Callable[[], object] | None:
-    """What waits for the device's work; None where a call returns when its work is done."""
+def _waiter(device: str) -> _Finish:
     if device != "cuda":
         return None
     import torch

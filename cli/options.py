@@ -97,7 +97,7 @@ def sampling_options(function: F) -> F:
     """How answers are sampled: each is a field of ``SamplingParams``."""
     decorators = [
         click.option(
-            "--max-tokens", type=int, default=128, show_default=True, help="Output at most."
+            "--max-tokens", type=int, default=128, show_default=True, help="Tokens out at most."
         ),
         click.option(
             "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -31,10 +31,18 @@ def matrix() -> str:
 
 
 def cli_help() -> str:
-    """``--help`` of every verb."""
-    context = click.Context(cli)
-    verbs: list[list[str]] = [[], *([name] for name in cli.list_commands(context))]
-    return "\n".join(_help(verb) for verb in verbs)
+    """``--help`` of every verb, and of what a verb is divided into."""
+    return "\n".join(_help(verb) for verb in _verbs(cli, []))
+
+
+def _verbs(command: click.Command, path: list[str]) -> Iterator[list[str]]:
+    yield path
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            if found is not None:
+                yield from _verbs(found, [*path, name])
 
 
 def _help(verb: list[str]) -> str:
