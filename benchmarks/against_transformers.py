@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
 
 from isobit import LLM
 from isobit.cli.columns import columns
@@ -61,7 +62,8 @@ class Figure:
 
     def row(self) -> list[str]:
         bar = f"{'>=' if self.at_least else '<='} {self.limit:g}"
-        values = [f"{value:.4g}" for value in (self.isobit, self.other)]
+        pair = (self.isobit, self.other)
+        values = [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in pair]
         verdict = "met" if self.met else "MISSED"
         return [
             self.name,
@@ -143,23 +145,33 @@ def first_token_seconds(llm: LLM, prompt: list[int]) -> float:
     raise SystemExit("a request gave no token")
 
 
-def host_times(model: str) -> dict[int, float]:
-    """Seconds of host time a step, the median, by the number of requests that wait."""
-    found = {}
+def host_times(model: str, repeat: int) -> dict[int, float]:
+    """Seconds of host time a step, by the number of requests that wait: the best median.
+
+    The queues take turns, so that a slow moment of the machine does not fall on one of them.
+    """
+    medians: dict[int, list[float]] = {waiting: [] for waiting in WAITING}
     with open_llm(model, max_num_seqs=HOST_SEATS) as llm:
-        for waiting in WAITING:
-            queue(llm, waiting + HOST_SEATS)
-            while llm.engine.scheduler.num_running < HOST_SEATS:
-                llm.engine.step()
-            with timed_steps(llm.engine) as steps:
-                for _ in range(HOST_STEPS):
-                    llm.engine.step()
-            if llm.engine.scheduler.num_waiting != waiting:
-                raise SystemExit("the queue moved while it was measured")
-            found[waiting] = median(steps.host)
-            for request_id in llm.engine.unfinished_ids():
-                llm.engine.abort(request_id)
-    return found
+        for _ in range(repeat):
+            for waiting in WAITING:
+                medians[waiting].append(host_time(llm, waiting))
+    return {waiting: min(found) for waiting, found in medians.items()}
+
+
+def host_time(llm: LLM, waiting: int) -> float:
+    """The median over steps in which every seat decodes and ``waiting`` requests queue."""
+    engine = llm.engine
+    queue(llm, waiting + HOST_SEATS)
+    while engine.scheduler.num_running < HOST_SEATS:
+        engine.step()
+    with timed_steps(engine) as steps:
+        for _ in range(HOST_STEPS):
+            engine.step()
+    if engine.scheduler.num_waiting != waiting:
+        raise SystemExit("the queue moved while it was measured")
+    for request_id in engine.unfinished_ids():
+        engine.abort(request_id)
+    return median(steps.host)
 
 
 def queue(llm: LLM, count: int) -> None:
@@ -198,9 +210,12 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="one JSON object")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if not sys.stderr.isatty():
+        no_bars: Callable[[], None] = logging.disable_progress_bar
+        no_bars()
     measured = figures(options)
     found = list(tqdm(measured, total=3, unit="figure", disable=not sys.stderr.isatty()))
-    times = host_times(options.host_model)
+    times = host_times(options.host_model, options.repeat)
     found.append(flat(times))
     missed = not all(figure.met for figure in found)
     if options.json:
