@@ -8,20 +8,14 @@ from typing import Any
 
 import click
 
-from .options import engine_kwargs, engine_options, set_threads, user_errors
+from .options import engine_kwargs, engine_options, sampling_options, set_threads, user_errors
 
 
 @click.command("generate")
 @click.argument("prompts", nargs=-1)
 @engine_options
-@click.option("--max-tokens", type=int, default=128, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True)
-@click.option("--top-p", type=float, default=1.0, show_default=True)
-@click.option("--top-k", type=int, default=-1, show_default=True, help="-1 keeps all.")
-@click.option("--min-p", type=float, default=0.0, show_default=True)
-@click.option("--seed", type=int, default=None, help="Default: the sampling seed.")
+@sampling_options
 @click.option("-n", "n", type=int, default=1, show_default=True, help="Choices per prompt.")
-@click.option("--stop", multiple=True, help="A string that ends the output; repeatable.")
 @click.option("--logprobs", type=int, default=None, help="Top logprobs to report (with --json).")
 @click.option("--raw", is_flag=True, help="Prompts as they are, not as a chat message.")
 @click.option("--report", is_flag=True, help="Print the start-up report on stderr.")

@@ -8,7 +8,11 @@ import click
 
 _VERBS = {
     "backends": "The compatibility matrix of the attention backends.",
+    "bench": "Measure throughput, latency and the host's time per step.",
+    "chat": "Talk with a model in the terminal.",
+    "doctor": "What is installed, what could run here, and what is missing.",
     "generate": "Complete prompts, or stream an answer.",
+    "plugins": "The installed plugins and what became of each.",
     "verify": "Prove on this machine that equal requests give equal bits.",
 }
 

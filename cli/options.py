@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -77,11 +77,42 @@ def engine_options(function: F) -> F:
         toggle("radix_cache", "Reuse prefixes of earlier requests."),
         toggle("cuda_graph", "Capture and replay CUDA graphs."),
         click.option("--threads", type=int, default=None, help="CPU threads. Default: torch's."),
+        plugin_options,
+    ]
+    return _decorated(function, decorators)
+
+
+def plugin_options(function: F) -> F:
+    """Which plugins are loaded: ``disable_plugins`` and ``strict_plugins``."""
+    decorators = [
         click.option(
             "--no-plugin", "disable_plugins", multiple=True, help="Do not load this plugin."
         ),
         click.option("--strict-plugins", is_flag=True, help="Any broken plugin is an error."),
     ]
+    return _decorated(function, decorators)
+
+
+def sampling_options(function: F) -> F:
+    """How answers are sampled: each is a field of ``SamplingParams``."""
+    decorators = [
+        click.option(
+            "--max-tokens", type=int, default=128, show_default=True, help="Tokens out at most."
+        ),
+        click.option(
+            "--temperature", type=float, default=0.0, show_default=True, help="0 is greedy."
+        ),
+        click.option("--top-p", type=float, default=1.0, show_default=True),
+        click.option("--top-k", type=int, default=-1, show_default=True, help="-1 keeps all."),
+        click.option("--min-p", type=float, default=0.0, show_default=True),
+        click.option("--seed", type=int, default=None, help="Default: the sampling seed."),
+        click.option("--stop", multiple=True, help="A string that ends the output; repeatable."),
+    ]
+    return _decorated(function, decorators)
+
+
+def _decorated(function: F, decorators: Sequence[Callable[[F], F]]) -> F:
+    """The function with options in the order of the list."""
     for decorate in reversed(decorators):
         function = decorate(function)
     return function

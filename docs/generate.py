@@ -11,7 +11,7 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
@@ -41,10 +41,18 @@ def matrix() -> str:
 
 
 def cli_help() -> str:
-    """``--help`` of every verb."""
-    context = click.Context(cli)
-    verbs: list[list[str]] = [[], *([name] for name in cli.list_commands(context))]
-    return "\n".join(console("isobit " + " ".join([*verb, "--help"])) for verb in verbs)
+    """``--help`` of every verb, and of what a verb is divided into."""
+    return "\n".join(console(" ".join(["isobit", *verb, "--help"])) for verb in _verbs(cli, []))
+
+
+def _verbs(command: click.Command, path: list[str]) -> Iterator[list[str]]:
+    yield path
+    if isinstance(command, click.Group):
+        context = click.Context(command)
+        for name in command.list_commands(context):
+            found = command.get_command(context, name)
+            if found is not None:
+                yield from _verbs(found, [*path, name])
 
 
 def console(line: str) -> str:

