@@ -198,6 +198,11 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise RequestError(
+            f"prompts was a {type(prompts).__name__}; wanted a text, a list of token ids, or a "
+            "list of either. Pass list(…) of it."
+        )
     token_ids = [item for item in prompts if isinstance(item, int)]
     if token_ids and len(token_ids) == len(prompts):
         return [token_ids]
@@ -217,6 +222,11 @@ def _per_prompt(
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+        raise RequestError(
+            f"sampling_params was {params!r}; wanted a SamplingParams or a list of them. "
+            "SamplingParams.from_mapping makes one from a dict."
+        )
     if len(params) != count:
         raise RequestError(
             f"{count} prompts came with {len(params)} sampling_params; pass one for all, or one "

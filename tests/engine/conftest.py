@@ -5,8 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 from isobit import LLM
+from isobit.models.config import load_config
+from isobit.models.weights import random_weights
 
 SMALL_CONFIG = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -31,9 +34,14 @@ SMALL_CONFIG = {
 
 @pytest.fixture(scope="session")
 def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the small model's config alone, for ``load_format="random"``."""
+    """A folder with the small model, its matrices so large that attention decides the tokens."""
     folder = tmp_path_factory.mktemp("small-qwen3")
     (folder / "config.json").write_text(json.dumps(SMALL_CONFIG))
+    weights = random_weights(load_config(folder), 0)
+    for matrix in weights.values():
+        if matrix.dim() == 2:
+            matrix.mul_(12)
+    save_file(weights, folder / "model.safetensors")
     return folder
 
 
