@@ -200,8 +200,8 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise RequestError(
-            f"prompts was a {type(prompts).__name__}; wanted a text, a list of token ids, or a "
-            "list of either. Pass list(…) of it."
+            f"prompts was of type {type(prompts).__name__}; wanted a text, a list of token ids, or "
+            "a list of either. Pass list(…) of it."
         )
     token_ids = [item for item in prompts if isinstance(item, int)]
     if token_ids and len(token_ids) == len(prompts):

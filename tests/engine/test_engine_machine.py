@@ -422,7 +422,7 @@ BROKEN: tuple[Break, ...] = (
 
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.__name__)
 def test_a_broken_engine_is_found_by_its_bits(small_folder: Path, broken: Break) -> None:
-    with pytest.raises((AssertionError, EngineError), match="other bits than alone|not usable"):
+    with pytest.raises((AssertionError, EngineError), match=r"other bits than alone|not usable"):
         run_programs(Alone(small_folder, broken), NUM_PROGRAMS, shrink=False, check_pages=False)
 
 

@@ -4,9 +4,9 @@ Every refusal is tested once, where it is made; here is what only the whole engi
 
 | state | tested in |
 |---|---|
-| empty prompt, token id out of range, prompt (plus ``max_tokens``) over the context | ``test_llm`` |
+| empty prompt, token id out of range, prompt or output over the context | ``test_llm`` |
 | the same while others run, with the same bits afterwards | here |
-| ``max_tokens=0``, NaN or negative temperature, ``top_p`` 0 or 2, unknown parameter | ``sampling/test_params`` |
+| ``max_tokens=0``, NaN temperature, ``top_p`` 0 or 2, unknown name | ``sampling/test_params`` |
 | a ``min_tokens`` that leaves no token to sample, wrong types, ids that are no strings | here |
 | unknown engine option, option out of range, closed engine | ``test_llm`` |
 | option of a wrong type, more KV cache than memory | here |
@@ -18,7 +18,7 @@ Every refusal is tested once, where it is made; here is what only the whole engi
 | the same from ``LLM``; everything preempted again and again | here |
 | 5,000 requests at once, 8,000 tokens among 200 short prompts | here |
 | abort of what is unknown or finished | here |
-| a step costs the same however many wait | ``scheduler/test_scheduler_rules``; here for the engine |
+| a step's cost with many waiting | ``scheduler/test_scheduler_rules``; here for the engine |
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small(small_folder: Path) -> Iterator[LLM]:
     with LLM(str(small_folder), max_model_len=256) as llm:
         yield llm
@@ -88,8 +88,8 @@ REFUSED: tuple[tuple[Callable[[LLM], object], str], ...] = (
         ),
         r"min_tokens: wanted 0 where every token .* ends the output, given 1\. Stop at fewer",
     ),
-    (lambda llm: llm.generate(5), r"prompts was a int; wanted a text, .* Pass list"),
-    (lambda llm: llm.generate([[3]], {"top_k": 1}), r"was \{'top_k': 1\}; wanted .* from_mapping"),
+    (lambda llm: llm.generate(5), r"prompts was of type int; wanted a text, .* Pass list"),
+    (lambda llm: llm.generate([[3]], {"top_k": 1}), r"was \{'top_k': 1\}; wanted .*\.from_mapping"),
     (lambda llm: llm.generate([[3]], [None]), r"was \[None\]; wanted a SamplingParams"),
     (lambda llm: llm.engine.add_request(7, [3], MIXED), r"id 7 was given; wanted a string\. Pass"),
     (lambda llm: llm.engine.add_request("running", [3], MIXED), r"'running' is in use\. Pass"),
@@ -98,7 +98,9 @@ REFUSED: tuple[tuple[Callable[[LLM], object], str], ...] = (
 )
 
 
-@pytest.mark.parametrize(("call", "message"), REFUSED, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("call", "message"), REFUSED, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_refusal_leaves_the_others_alone(
     small: LLM, call: Callable[[LLM], object], message: str
 ) -> None:
@@ -208,7 +210,7 @@ from isobit.plugins import BackendSpec, Capabilities, Supported, hookimpl
 def isobit_attention_backends():
     features = ("chunked_prefill", "radix_cache", "non_greedy_sampling")
     return [BackendSpec(
-        name="foreign", api=1, factory="{factory}", requires={requires}, install="{install}",
+        name="foreign", api=1, factory="{factory}", requires=({requires}), install="{install}",
         capabilities=Capabilities(
             dtypes={{"float32"}}, devices={{"cpu"}},
             features={{name: Supported() for name in features}},
@@ -221,7 +223,10 @@ def isobit_attention_backends():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"requires": ["no-such-kernels>=2"]}, r"(?s)'foreign'.*no-such-kernels.*pip install them"),
+        (
+            {"requires": "'no-such-kernels>=2',"},
+            r"(?s)'foreign'.*no-such-kernels.*pip install them",
+        ),
         ({"factory": "no_such_module:Backend"}, r"'foreign'.*no_such_module.*pip install them"),
         ({"before": "raise RuntimeError('no driver')"}, r"(?s)foreign.*no driver"),
     ],
@@ -239,7 +244,7 @@ def test_a_plugin_that_cannot_serve_is_named(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: foreign-kernels\nVersion: 1.0\n")
     module = re.sub(r"\W", "_", f"foreign_{sorted(source)[0]}")
     (info / "entry_points.txt").write_text(f"[isobit.plugins]\nforeign = {module}\n")
-    plain = {"before": "", "factory": "x:Y", "requires": [], "install": "pip install them"}
+    plain = {"before": "", "factory": "x:Y", "requires": "", "install": "pip install them"}
     (tmp_path / f"{module}.py").write_text(PLUGIN.format(**(plain | source)))
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ConfigError, match=message):
@@ -263,7 +268,7 @@ def test_a_cache_too_small_for_one_request(small_folder: Path, small: LLM) -> No
 def test_everything_is_preempted_again_and_again(
     small_folder: Path, small: LLM, radix_cache: bool
 ) -> None:
-    """Room for one request of full length, sixteen at once, and each step preempts the youngest."""
+    """Sixteen at once where there is room for one; on top, every third step preempts one."""
     params = SamplingParams(max_tokens=60, ignore_eos=True, logprobs=1)
     prompts = [[3, 4, 5, index] for index in range(16)]
     page = 2 * 2 * 2 * 16 * 4
@@ -282,7 +287,7 @@ def test_everything_is_preempted_again_and_again(
                     outputs[chunk.request_id] = bits(chunk.output)
             if not llm.engine.has_unfinished():
                 break
-        assert llm.engine.scheduler.stats.preemptions > 100
+        assert llm.engine.scheduler.stats.preemptions > 60
         llm.engine.scheduler.check_integrity()
     for index, prompt in enumerate(prompts):
         assert outputs[str(index)] == alone(small, prompt, params)
@@ -307,7 +312,7 @@ def test_a_long_prompt_among_short_ones(small_folder: Path) -> None:
 
 
 def instructions(function: Callable[[], object]) -> int:
-    """How many bytecode instructions of this package ``function`` runs: loops count, clocks do not."""
+    """How many of this package's bytecode instructions run: loops count, clocks do not."""
     count = 0
 
     def trace(frame: FrameType, event: str, arg: object) -> Any:
