@@ -18,7 +18,7 @@ Every refusal is tested once, where it is made; here is what only the whole engi
 | the same from ``LLM``; everything preempted again and again | here |
 | 5,000 requests at once, 8,000 tokens among 200 short prompts | here |
 | abort of what is unknown or finished | here |
-| a step's cost with many waiting | ``scheduler/test_scheduler_rules``; here for the engine |
+| a step's cost with many waiting | ``scheduler/test_scheduler_rules``, ``test_engine_costs`` |
 """
 
 from __future__ import annotations
@@ -26,30 +26,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
-import torch
 
 from isobit import LLM, SamplingParams
-from isobit.core.outputs import RequestOutput
 from isobit.errors import ConfigError, RequestError
 from isobit.verify.transcript import Transcript, transcripts
 
 MIXED = SamplingParams(max_tokens=10, ignore_eos=True, logprobs=2, prompt_logprobs=0)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """So small a model only loses by threads; their number changes no bit (see ``verify``)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
@@ -58,13 +48,9 @@ def small(small_folder: Path) -> Iterator[LLM]:
         yield llm
 
 
-def bits(output: RequestOutput) -> list[Transcript]:
-    return transcripts(output)
-
-
 def alone(llm: LLM, prompt: list[int], params: SamplingParams) -> list[Transcript]:
     llm.engine.flush_cache()
-    return bits(llm.generate([prompt], params, use_tqdm=False)[0])
+    return transcripts(llm.generate([prompt], params, use_tqdm=False)[0])
 
 
 def finish(llm: LLM) -> dict[str, list[Transcript]]:
@@ -73,7 +59,7 @@ def finish(llm: LLM) -> dict[str, list[Transcript]]:
     while llm.engine.has_unfinished():
         for chunk in llm.engine.step():
             if chunk.output is not None:
-                outputs[chunk.request_id] = bits(chunk.output)
+                outputs[chunk.request_id] = transcripts(chunk.output)
     return outputs
 
 
@@ -284,7 +270,7 @@ def test_everything_is_preempted_again_and_again(
                 llm.engine.preempt(running[-1].request_id.rpartition("#")[0])
             for chunk in llm.engine.step():
                 if chunk.output is not None:
-                    outputs[chunk.request_id] = bits(chunk.output)
+                    outputs[chunk.request_id] = transcripts(chunk.output)
             if not llm.engine.has_unfinished():
                 break
         assert llm.engine.scheduler.stats.preemptions > 60
@@ -298,7 +284,7 @@ def test_five_thousand_requests_at_once(small: LLM) -> None:
     params = SamplingParams(max_tokens=2, logprobs=0)
     outputs = small.generate(prompts, params, use_tqdm=False)
     expected = {tuple(p): alone(small, p, params) for p in prompts[:350]}
-    assert all(bits(o) == expected[o.prompt_token_ids] for o in outputs)
+    assert all(transcripts(o) == expected[o.prompt_token_ids] for o in outputs)
 
 
 def test_a_long_prompt_among_short_ones(small_folder: Path) -> None:
@@ -308,75 +294,4 @@ def test_a_long_prompt_among_short_ones(small_folder: Path) -> None:
     with LLM(str(small_folder), max_model_len=16_384, max_num_batched_tokens=512) as llm:
         prompts = [*short[:100], long, *short[100:]]
         for prompt, output in zip(prompts, llm.generate(prompts, params), strict=True):
-            assert bits(output) == alone(llm, prompt, params)
-
-
-def instructions(function: Callable[[], object]) -> int:
-    """How many of this package's bytecode instructions run: loops count, clocks do not."""
-    count = 0
-
-    def trace(frame: FrameType, event: str, arg: object) -> Any:
-        nonlocal count
-        if not frame.f_globals.get("__name__", "").startswith("isobit."):
-            return None
-        frame.f_trace_opcodes = True
-        count += event == "opcode"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        function()
-    finally:
-        sys.settrace(before)
-    return count
-
-
-def step_costs(llm: LLM, waiting: int) -> list[int]:
-    """Of a step, of an abort amid the queue, of a preemption, and of the step after it."""
-    engine = llm.engine
-    engine.flush_cache()
-    for index in range(4):
-        engine.add_request(f"runs{index}", [3, 4, index], MIXED)
-    engine.step()
-    for index in range(waiting):
-        engine.add_request(f"waits{index}", [3, 4], MIXED)
-    costs = [
-        instructions(engine.step),
-        instructions(lambda: engine.abort(f"waits{waiting // 2}")),
-        instructions(lambda: engine.preempt("runs3")),
-        instructions(engine.step),
-    ]
-    for request_id in engine.unfinished_ids():
-        engine.abort(request_id)
-    return costs
-
-
-def test_a_step_costs_the_same_however_many_wait(
-    small_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with LLM(str(small_folder), max_model_len=64, max_num_seqs=4) as llm:
-        step_costs(llm, 10)  # what is only done once
-        assert step_costs(llm, 10) == step_costs(llm, 3_000)
-        scheduler, schedule = llm.engine.scheduler, llm.engine.scheduler.schedule
-
-        def searches(budget: int | None) -> Any:
-            exec("sum(1 for _ in waiting)", {"__name__": "isobit.x", "waiting": scheduler._waiting})
-            return schedule(budget)
-
-        monkeypatch.setattr(scheduler, "schedule", searches)
-        assert step_costs(llm, 10)[0] < step_costs(llm, 3_000)[0]  # the measure can tell
-
-
-def test_generate_costs_as_much_for_each_prompt(small_folder: Path) -> None:
-    """Queueing, stepping and handing out: nothing is done to all requests for each of them."""
-    params = SamplingParams(max_tokens=3, ignore_eos=True)
-    with LLM(str(small_folder), max_model_len=64, max_num_seqs=4, radix_cache=False) as llm:
-
-        def cost(count: int) -> int:
-            prompts = [[3 + index % 50, 4] for index in range(count)]
-            return instructions(lambda: llm.generate(prompts, params, use_tqdm=False))
-
-        cost(8)
-        few, many = cost(40), cost(400)
-    assert many < 10 * few * 1.02
+            assert transcripts(output) == alone(llm, prompt, params)
