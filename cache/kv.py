@@ -7,6 +7,7 @@ import math
 import torch
 
 from ..backends.base import AttentionBackend, LayerCache
+from ..errors import ConfigError
 
 
 def bytes_per_page(backend: AttentionBackend) -> int:
@@ -17,11 +18,20 @@ def bytes_per_page(backend: AttentionBackend) -> int:
 
 
 def allocate_layers(backend: AttentionBackend, num_pages: int) -> list[LayerCache]:
-    """One uninitialised cache a layer; nothing may rely on what it holds."""
+    """One uninitialised cache a layer; nothing may rely on what it holds.
+
+    :raises ConfigError: the machine has not that much memory.
+    """
     config = backend.config
     shape = backend.kv_cache_shape(num_pages)
 
     def tensor() -> torch.Tensor:
         return torch.empty(shape, dtype=config.dtype, device=config.device)
 
-    return [LayerCache(index, tensor(), tensor()) for index in range(config.num_layers)]
+    try:
+        return [LayerCache(index, tensor(), tensor()) for index in range(config.num_layers)]
+    except RuntimeError as error:  # what torch raises when an allocation fails
+        raise ConfigError(
+            f"a KV cache of {num_pages * bytes_per_page(backend)} bytes was asked for, but the "
+            f"memory cannot be had: {error}. Lower kv_cache_memory."
+        ) from error

@@ -86,9 +86,11 @@ class Chat:
 
         :raises RequestError: the conversation is too long; the message was not added.
         """
+        from ..core.chat import chat_tokens
+
         asked = [*self.messages, {"role": "user", "content": text}]
         self.last = None
-        chunks = self._llm.stream([_chat_tokens(self._llm.tokenizer, asked)], self._params)
+        chunks = self._llm.stream([chat_tokens(self._llm.tokenizer, asked)], self._params)
         said = ""
         try:
             for chunk in chunks:
@@ -99,13 +101,6 @@ class Chat:
             chunks.close()
             if said or self.last is not None:
                 self.messages = [*asked, {"role": "assistant", "content": said}]
-
-
-def _chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, tokenize=True, return_dict=False
-    )
-    return ids
 
 
 def _typed_lines() -> Iterator[str]:

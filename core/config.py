@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -67,6 +68,14 @@ class EngineConfig:
     strict_plugins: bool = False
 
     def __post_init__(self) -> None:
+        if isinstance(self.model, os.PathLike):
+            object.__setattr__(self, "model", os.fspath(self.model))
+        for name in ("model", "attention_backend"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                raise ConfigError(f"{name} was {value!r}; wanted a string. Pass a name or a path.")
+        for name in ("deterministic", "strict_plugins"):
+            _one_of(name, getattr(self, name), (True, False))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, ("cpu",))
         _one_of("load_format", self.load_format, ("auto", "random"))

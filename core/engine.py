@@ -60,6 +60,8 @@ class Engine:
             before it may be taken from the prefix cache.
         :raises RequestError: it can never be served; nothing was queued.
         """
+        if not isinstance(request_id, str):
+            raise RequestError(f"request id {request_id!r} was given; wanted a string. Pass one.")
         if request_id in self._groups:
             raise RequestError(
                 f"request id {request_id!r} is in use. Pass another, or abort that request first."
@@ -174,7 +176,7 @@ class Engine:
                 raise RequestError(
                     f"prompt token {index} was {token!r}; wanted a token id from 0 to {vocab - 1}."
                 )
-        params.check_vocabulary(vocab)
+        params.check_vocabulary(vocab, self.runner.eos_token_ids)
         if params.stop_strings and self.tokenizer is None:
             raise RequestError(
                 "stop strings need a tokenizer and this model has none. Use stop_token_ids."

@@ -19,6 +19,11 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise RequestError(
+            f"prompts was of type {type(prompts).__name__}; wanted a text, a list of token ids, or "
+            "a list of either. Pass list(…) of it."
+        )
     token_ids = [item for item in prompts if isinstance(item, int)]
     if token_ids and len(token_ids) == len(prompts):
         return [token_ids]
@@ -51,12 +56,17 @@ def one_for_each(
 ) -> list[SamplingParams]:
     """Parameters for each of ``count`` prompts.
 
-    :raises RequestError: another number of them.
+    :raises RequestError: something else, or another number of them.
     """
     if params is None:
         params = SamplingParams()
     if isinstance(params, SamplingParams):
         return [params] * count
+    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
+        raise RequestError(
+            f"sampling_params was {params!r}; wanted a SamplingParams or a list of them. "
+            "SamplingParams.from_mapping makes one from a dict."
+        )
     if len(params) != count:
         raise RequestError(
             f"{count} prompts came with {len(params)} sampling_params; pass one for all, or one "

@@ -89,8 +89,11 @@ class Scheduler:
         if self._in_flight:
             raise EngineError("schedule() was called before complete() of the last step")
         budget = self.config.max_num_batched_tokens if token_budget is None else token_budget
-        if budget < 1:
-            raise ConfigError(f"token_budget was {budget}; wanted at least 1.")
+        if not isinstance(budget, int) or budget < 1:
+            raise ConfigError(
+                f"token_budget was {budget!r}; wanted a whole number of at least 1. Leave it out "
+                "for max_num_batched_tokens."
+            )
         step = Step()
         # A cut prefill lets nobody in: their decoding would eat the budget of its next chunks.
         if self._schedule_running(step, budget):

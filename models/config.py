@@ -6,6 +6,7 @@ Everything above this file trusts ``ModelConfig``: what cannot be served exactly
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,17 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "Qwen3ForCausalLM": Architecture(qk_norm=True),
 }
 """Every architecture that can be served, as ``config.json`` spells it."""
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +115,7 @@ class ModelConfig:
             dtype=_dtype(hf_config.dtype),
             sliding_window=_sliding_window(hf_config),
             logit_soft_cap=None,
-            eos_token_ids=_token_ids(hf_config.eos_token_id),
+            eos_token_ids=_token_ids(hf_config.eos_token_id, hf_config.vocab_size),
             bos_token_id=hf_config.bos_token_id,
         )
 
@@ -126,7 +138,7 @@ def load_config(folder: Path) -> ModelConfig:
     if generation.exists():
         eos = _read_json(generation).get("eos_token_id")
         if eos is not None:
-            config = replace(config, eos_token_ids=_token_ids(eos))
+            config = replace(config, eos_token_ids=_token_ids(eos, config.vocab_size))
     return config
 
 
@@ -164,9 +176,14 @@ def _refuse_unsupported(hf: Any) -> None:
         )
         if given != wanted
     ]
+    sizes = {name: getattr(hf, name) for name in _SIZES}
+    wrong = [f"{name}={size!r} (wanted at least 1)" for name, size in sizes.items() if size < 1]
+    reasons += wrong
+    if not 0 <= hf.rms_norm_eps < math.inf:
+        reasons.append(f"rms_norm_eps={hf.rms_norm_eps} (wanted a finite number of at least 0)")
     if hf.head_dim % 2:
         reasons.append(f"head_dim={hf.head_dim} (wanted an even number)")
-    if hf.num_attention_heads % hf.num_key_value_heads:
+    if not wrong and hf.num_attention_heads % hf.num_key_value_heads:
         reasons.append(
             f"num_attention_heads={hf.num_attention_heads} "
             f"(wanted a multiple of num_key_value_heads={hf.num_key_value_heads})"
@@ -188,7 +205,12 @@ def _rope(hf: Any) -> tuple[float, RopeScaling | None]:
             f"unsupported partial_rotary_factor={rope['partial_rotary_factor']} in config.json: "
             "wanted 1.0, the whole head rotated"
         )
-    theta = float(rope["rope_theta"])
+    theta = rope["rope_theta"]
+    if isinstance(theta, bool) or not isinstance(theta, int | float) or not 0 < theta < math.inf:
+        raise ConfigError(
+            f"unsupported rope_theta={theta!r} in config.json: wanted a finite number above 0"
+        )
+    theta = float(theta)
     if rope_type == "default":
         return theta, None
     names = {"linear": ("factor",), "llama3": RopeScaling.__slots__[1:]}[rope_type]
@@ -230,7 +252,12 @@ def _dtype(given: Any) -> torch.dtype:
     return dtype  # type: ignore[no-any-return]
 
 
-def _token_ids(given: int | list[int] | None) -> tuple[int, ...]:
-    if given is None:
-        return ()
-    return (given,) if isinstance(given, int) else tuple(given)
+def _token_ids(given: Any, vocab_size: int) -> tuple[int, ...]:
+    """The end tokens, of which there may be none, one or several."""
+    ids = () if given is None else tuple(given) if isinstance(given, list) else (given,)
+    if any(type(token) is not int or not 0 <= token < vocab_size for token in ids):
+        raise ConfigError(
+            f"eos_token_id={given!r} in config.json or generation_config.json: wanted token ids "
+            f"from 0 to {vocab_size - 1}. Correct it to the model's end-of-sequence token."
+        )
+    return ids

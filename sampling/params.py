@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,7 @@ LogitsProcessor = Callable[[Sequence[int], "Tensor"], "Tensor"]
 
 MIN_TEMPERATURE = 1e-5
 MAX_TEMPERATURE = 1e5
+MAX_CHOICES = 2**14
 _INT64 = (-(2**63), 2**63 - 1)
 
 
@@ -28,7 +29,7 @@ class SamplingParams:
 
     Objects hash, and pickle where their logits processors do.
 
-    n:              choices for one prompt; each has noise of its own
+    n:              choices for one prompt, at most 16384; each has noise of its own
     temperature:    0 = greedy (the highest logit, lowest id on ties), else 1e-5 … 1e5
     top_p:          keep the smallest set of likeliest tokens whose mass reaches it; 1 = off
     top_k:          keep that many likeliest tokens; 0 or -1 = off
@@ -133,10 +134,11 @@ class SamplingParams:
         """Whether no token is to be sampled: only the prompt is scored."""
         return self.max_tokens == 0
 
-    def check_vocabulary(self, vocab_size: int) -> None:
+    def check_vocabulary(self, vocab_size: int, eos_token_ids: Collection[int] = ()) -> None:
         """Check what only the model knows; called when a request is submitted.
 
-        :raises RequestError: for a token id or a number of logprobs beyond the vocabulary.
+        :raises RequestError: for a token id or a number of logprobs beyond the vocabulary, or a
+            ``min_tokens`` that leaves no token to sample.
         """
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
@@ -154,6 +156,10 @@ class SamplingParams:
                         token_id,
                         "Use the ids of this model's tokenizer.",
                     )
+        ending = {*self.stop_ids, *(() if self.ignore_eos else eos_token_ids)}
+        if self.min_tokens and len(ending) == vocab_size:
+            wanted = "0 where every token of the vocabulary ends the output"
+            raise _wrong("min_tokens", wanted, self.min_tokens, "Stop at fewer tokens.")
 
 
 def _checked(p: SamplingParams) -> dict[str, object]:
@@ -163,7 +169,7 @@ def _checked(p: SamplingParams) -> dict[str, object]:
     if limit is not None and least > limit:
         raise _wrong("min_tokens", f"at most max_tokens = {limit}", least, "Raise max_tokens.")
     checked: dict[str, object] = {
-        "n": _integer("n", p.n, 1),
+        "n": _integer("n", p.n, 1, MAX_CHOICES),
         "temperature": _temperature(p.temperature),
         "top_p": _top_p(p.top_p),
         "top_k": _integer("top_k", p.top_k, -1, remedy="Use 0 or -1 for no limit."),

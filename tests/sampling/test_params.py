@@ -19,6 +19,7 @@ WRONG: list[tuple[str, Any]] = [
     ("n", 0),
     ("n", 1.0),
     ("n", True),
+    ("n", 2**14 + 1),
     ("temperature", float("nan")),
     ("temperature", float("inf")),
     ("temperature", -0.1),
