@@ -13,8 +13,9 @@ from click.testing import CliRunner, Result
 
 from isobit import LLM, SamplingParams
 from isobit.cli import chat as verb
-from isobit.cli.chat import Chat, _chat_tokens, _typed_lines
+from isobit.cli.chat import Chat, _typed_lines
 from isobit.cli.main import main
+from isobit.core.chat import chat_tokens
 from isobit.errors import RequestError
 
 PARAMS = SamplingParams(temperature=0.8, seed=3, max_tokens=10)
@@ -53,7 +54,7 @@ def test_answers_are_those_to_the_whole_conversation_on_a_cold_cache(llm: LLM, t
     for question in (FIRST, SECOND):
         messages.append({"role": "user", "content": question})
         llm.engine.flush_cache()
-        answer = text_of(llm, _chat_tokens(llm.tokenizer, messages))
+        answer = text_of(llm, chat_tokens(llm.tokenizer, messages))
         messages.append({"role": "assistant", "content": answer})
         expected += f"{answer}\n\n"
     assert done.stdout == expected

@@ -21,7 +21,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from safetensors.torch import save_file
 
 from isobit import LLM, SamplingParams
-from isobit.core.engine import Engine, group_id
+from isobit.core.engine import Engine
 from isobit.core.outputs import RequestOutput
 from isobit.models.config import load_config
 from isobit.models.weights import random_weights
@@ -181,7 +181,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.counts["aborts"] += 1
         elif kind == "preempt" and scheduler.running:
             running = scheduler.running[which % len(scheduler.running)]
-            self.counts["forced preemptions"] += self.engine.preempt(group_id(running))
+            self.counts["forced preemptions"] += self.engine.preempt(running.group_id)
         elif kind == "evict" and scheduler.cache is not None:
             self.counts["forced evictions"] += scheduler.cache.evict(1 + which)
         elif kind == "flush":

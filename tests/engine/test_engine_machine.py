@@ -177,7 +177,8 @@ def reverses_the_scores_of_a_chunk(engine: Engine) -> None:
     def reverses(step: Step) -> list[SeqResult]:
         results = execute(step)
         for result in results:
-            result.prompt_rows.reverse()
+            rows = result.prompt_rows
+            result.prompt_rows = dict(zip(rows, reversed(rows.values()), strict=True))
         return results
 
     engine.runner.execute = reverses
