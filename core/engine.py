@@ -39,6 +39,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.fingerprint = fingerprint
         self.stepping = False
+        self.drops = 0  # how often requests went without being finished
         self._groups: dict[str, Group] = {}
 
     @property
@@ -95,6 +96,7 @@ class Engine:
         group = self._groups.pop(request_id, None)
         if group is None:
             return False
+        self.drops += 1
         for choice in group.choices:
             self.scheduler.abort(choice.request.request_id)
         return True
@@ -216,6 +218,7 @@ class Engine:
             return  # a wrong token_budget: nothing was begun
         if step is None or results is not None:
             self._groups.clear()
+            self.drops += 1
             self.scheduler.reset()
             return
         self.scheduler.cancel(step)

@@ -83,6 +83,7 @@ class Inbox:
         self._office = office
         self._items: deque[StreamChunk | LogitsProcessorError] = deque()
         self.unfinished: dict[str, None] = {}  # in order; until the last chunk is taken
+        self._drops_seen = office.engine.drops
 
     def add(
         self,
@@ -154,9 +155,8 @@ class Inbox:
         :raises EngineError: they were: an earlier step was interrupted where its state could not
             be saved.
         """
-        engine = self._office.engine
-        dropped = [r for r in self.unfinished if not engine.is_unfinished(r)]
-        if dropped and not self._items:
+        dropped = [] if self._items else self._dropped()
+        if dropped:
             for request_id in dropped:
                 self._forget(request_id)
             raise EngineError(
@@ -164,6 +164,14 @@ class Inbox:
                 "recorded, or somebody else aborted them. Submit them again."
             )
         self._office.step()
+
+    def _dropped(self) -> list[str]:
+        """Requests that the engine no longer has; looked for only where it has dropped any."""
+        engine = self._office.engine
+        if engine.drops == self._drops_seen:
+            return []
+        self._drops_seen = engine.drops
+        return [r for r in self.unfinished if not engine.is_unfinished(r)]
 
     def abort(self, request_id: str) -> bool:
         """End a request and drop what waits for it; False where it is unknown or finished."""

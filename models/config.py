@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from ..errors import ConfigError
+from ..generators import kept_generators
 from .rope import ROPE_TYPES, RopeScaling
+
+with kept_generators():
+    from transformers import AutoConfig
 
 
 @dataclass(frozen=True, slots=True)

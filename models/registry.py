@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
 
 from ..errors import ConfigError
+from ..generators import kept_generators
 from ..kernels.kernel_set import KernelSet
 from .config import ModelConfig, load_config
 from .decoder import Decoder
 from .shapes import SHAPES
 from .smollm2 import smollm2_folder
+
+with kept_generators():
+    from transformers import AutoConfig, AutoTokenizer
 
 BUILDERS: Mapping[str, Callable[..., Decoder]] = {
     "LlamaForCausalLM": Decoder,
