@@ -160,9 +160,16 @@ def _num_pages(config: EngineConfig, backend: AttentionBackend, max_model_len: i
     page = bytes_per_page(backend)
     if config.kv_cache_memory is not None:
         memory = parse_memory(config.kv_cache_memory)
+        total = _memory("SC_PHYS_PAGES")
+        if total is not None and memory > total:
+            raise ConfigError(
+                f"a KV cache of {memory} bytes was asked for, but the machine has {total} bytes of "
+                "memory. Lower kv_cache_memory."
+            )
     else:
         useful = config.max_num_seqs * -(-max_model_len // config.page_size) * page
-        free = int(_DEFAULT_KV_SHARE * _available_memory())
+        available = _memory("SC_AVPHYS_PAGES")
+        free = _DEFAULT_KV_BYTES if available is None else int(_DEFAULT_KV_SHARE * available)
         memory = min(useful, _DEFAULT_KV_BYTES, free)
     if memory < page:
         raise ConfigError(
@@ -172,12 +179,12 @@ def _num_pages(config: EngineConfig, backend: AttentionBackend, max_model_len: i
     return memory // page
 
 
-def _available_memory() -> int:
-    """Bytes of memory that can be had without swapping."""
+def _memory(pages: str) -> int | None:
+    """Bytes of memory that the system counts under ``pages``; None where it does not say."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):
-        return _DEFAULT_KV_BYTES
+        return None
 
 
 def _scheduler(
