@@ -3,8 +3,8 @@
 Contract (native): K is cut into blocks of 64. In each, one fp32 accumulator per output starts at
 zero and takes ``fma(x[t, k], w[n, k], acc)`` for k ascending; the blocks' sums are added to a
 total, ascending, from zero. Nothing else: the bits are the same for any number of rows, any thread
-count and any instruction set. The blocks are there for accuracy: one accumulator over all of K
-rounds about three times as much. bf16 is widened exactly.
+count and any instruction set. The blocks are there for accuracy: the error of
+one accumulator grows with K. bf16 is widened exactly.
 
 Contract (torch): rows are taken in tiles of exactly 16, the last one padded with zeros, and every
 tile is one library product of the same shape, ``[16, K] @ [K, N]`` in fp32, at the same memory

@@ -71,6 +71,7 @@ def compare(llm: LLM, reference: torch.nn.Module, prompts: list[list[int]], toke
         outputs = llm.generate(prompts, params, use_tqdm=False)
     finally:
         llm.engine.runner.observer = None
+    largest = {"engine - fp64": 0.0, "transformers - fp64": 0.0, "engine - transformers": 0.0}
     for output in outputs:
         generated = output.outputs[0].token_ids
         assert len(generated) == tokens
@@ -86,9 +87,14 @@ def compare(llm: LLM, reference: torch.nn.Module, prompts: list[list[int]], toke
             theirs = fp32[position]
             rounding = (theirs - exact).abs().max()
             assert (mine - theirs).abs().max() <= LOGITS_TOLERANCE + rounding
+            for pair, (one, other) in zip(
+                largest, ((mine, exact), (theirs, exact), (mine, theirs)), strict=True
+            ):
+                largest[pair] = max(largest[pair], float((one - other).abs().max()))
             best = theirs.topk(2)
             if best.values[0] - best.values[1] > NEAR_TIE:
                 assert token == best.indices[0], f"token {index} of {output.request_id}"
+    print("largest distance of fp32 logits:", {k: f"{v:.2e}" for k, v in largest.items()})
 
 
 def chat(llm: LLM, question: str) -> list[int]:
