@@ -2,7 +2,14 @@
 
 The engine knows backends only through this file. A backend is one object per engine. It owns
 the *shape* of its KV cache (``kv_cache_shape``), turns each step's ``Batch`` into a plan of its
-own once (``plan``), and then runs every layer against that plan (``run``).
+own once (``plan``), and then runs every layer against that plan (``run``). ``docs/plugins.md``
+explains the contract with examples; ``API_VERSION`` is its version.
+
+All calls come from one thread, on a CUDA device on one stream, in this order::
+
+    plan, run (layer 0), run (layer 1), …                      an ordinary step
+    capture, then per batch size: plan, run, run, …            while graphs are captured
+    replay, then the captured kernels of every run             a step from a graph
 """
 
 from __future__ import annotations
@@ -23,6 +30,10 @@ class AttentionConfig:
     """The facts of a model and a cache that a backend is built for.
 
     ``scale`` multiplies the scores (``head_dim ** -0.5`` unless the model says otherwise).
+    ``sliding_windows`` has an entry a layer, or is empty where no layer has a window: under
+    window ``w`` the row at position ``p`` sees positions ``max(0, p - w + 1) … p``; ``None`` sees
+    all earlier ones. With ``logit_soft_cap`` ``c`` the scaled scores become ``c * tanh(s / c)``
+    before they are masked. Both are asked only of a backend that declares them.
     ``deterministic`` is False when the user lifted the constraints: a backend may then choose
     any reduction order. ``kernels`` is the provider that the engine runs its own ops with
     (``kernels.dispatch.load_kernels``), for backends that use Isobit's attention kernels.
@@ -37,8 +48,14 @@ class AttentionConfig:
     dtype: torch.dtype
     device: torch.device
     max_model_len: int
+    sliding_windows: tuple[int | None, ...] = ()
+    logit_soft_cap: float | None = None
     deterministic: bool = True
     kernels: str = "auto"
+
+    def sliding_window(self, layer: int) -> int | None:
+        """The window of one layer, in tokens; ``None`` where it sees every earlier token."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,15 +64,20 @@ class Batch:
 
     Sequence ``b`` owns the rows ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]`` of every packed tensor;
     those rows are its positions ``seq_lens[b] - query_lens[b] … seq_lens[b] - 1``. Sequences in
-    their decode phase (one row each) come first: there are ``num_decodes`` of them.
+    their decode phase (one row each) come first: there are ``num_decodes`` of them. A prefill may
+    bring one row too; only its place tells it from a decode.
+
+    Page 0 is the *null page*: no sequence owns it, and what it holds means nothing. A captured
+    graph's batch is filled up with *padding*: sequences in their decode phase of length 1 whose
+    only page and slot lie in the null page; their rows of ``out`` are never read.
 
     token_ids:     int64 ``[T]``
     positions:     int64 ``[T]``, absolute
     slot_mapping:  int64 ``[T]``, ``page * page_size + offset`` where the row's K and V go
     cu_seqlens_q:  int32 ``[B + 1]``
     seq_lens:      int32 ``[B]``, KV length including this step's rows
-    block_table:   int32 ``[B, max_pages]``; entries past a sequence's last page are 0 and must
-                   not be read
+    block_table:   int32 ``[B, max_pages]``; entries past a sequence's last page are 0, the null
+                   page
     query_lens, kv_lens: the same lengths as Python ints, for planning without a device copy
     """
 
@@ -99,7 +121,8 @@ class AttentionBackend(ABC):
     def kv_cache_shape(self, num_pages: int) -> tuple[int, ...]:
         """Shape of one layer's K (and of its V): ``[num_pages, page_size, kv_heads, head_dim]``.
 
-        The first axis must be the page. The engine allocates both, uninitialised.
+        The first axis must be the page. The engine allocates both, uninitialised: a slot that no
+        sequence has written may hold anything, NaN too, and must not reach ``out``.
         """
         c = self.config
         return (num_pages, c.page_size, c.num_kv_heads, c.head_dim)
@@ -108,7 +131,10 @@ class AttentionBackend(ABC):
     def plan(self, batch: Batch) -> Any:
         """Prepare one step; called once per step, before any layer runs.
 
-        The returned plan is passed to every ``run`` of that step and dropped afterwards.
+        The returned plan is passed to every ``run`` of that step and dropped afterwards. It may
+        keep the batch's tensors, which stay as they are until the step's last kernel has run. It
+        may copy to the device; a host buffer that such a copy reads must not be written again
+        before the copy is done, because the next step is planned while this one still runs.
         """
 
     @abstractmethod
@@ -118,15 +144,29 @@ class AttentionBackend(ABC):
         """Write this step's ``k`` and ``v`` into ``layer``, then attend.
 
         q, out: ``[T, q_heads, head_dim]``; k, v: ``[T, kv_heads, head_dim]``, all contiguous and
-        in the config's dtype. ``out`` is filled in place; row ``t`` sees KV positions
-        ``0 … positions[t]`` of its own sequence. Query head ``h`` reads KV head
-        ``h // (q_heads // kv_heads)``.
+        in the config's dtype. ``out`` is uninitialised and filled in place; row ``t`` sees KV
+        positions ``0 … positions[t]`` of its own sequence (less under a sliding window). Query
+        head ``h`` reads KV head ``h // (q_heads // kv_heads)``.
+
+        Row ``t`` of ``k`` and ``v`` goes to slot ``slot_mapping[t]``, and no other slot is written.
+        Nothing is kept of ``q``, ``k``, ``v`` and ``out``: their memory is reused at once.
         """
 
     def capture(self, max_num_seqs: int) -> None:
-        """Allocate what a captured graph may touch; called where ``cuda_graph`` is declared."""
+        """Make ready for captured graphs; called once, only where ``cuda_graph`` is declared.
+
+        Afterwards the engine plans decode batches of several sizes up to ``max_num_seqs``
+        sequences, each of up to ``max_model_len`` tokens, and records the ``run`` of every layer
+        against each plan. Such a plan lives as long as the engine. A recorded ``run`` may touch
+        only what stays at its address: its arguments, the batch's tensors, and what the plan or
+        the backend owns. It may not wait for the device, nor let a length decide on the host.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not declare cuda_graph")
 
     def replay(self, plan: Any, batch: Batch) -> None:
-        """Refresh ``plan`` in place before a captured graph is replayed for ``batch``."""
+        """Refresh ``plan`` in place; called before a graph recorded against it is replayed.
+
+        ``batch`` has the tensors that ``plan`` was made from, now with the new step's values, and
+        the new step's ``query_lens`` and ``kv_lens``, padding included.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not declare cuda_graph")

@@ -14,7 +14,12 @@ from types import MappingProxyType
 from ..errors import ConfigError
 
 API_VERSION = 1
-"""Version of the contract in ``base.py``; another ``api`` is refused, with both numbers."""
+"""Version of the contract: of ``base.py``, the hooks and the declarations in this file.
+
+It rises by one whenever a backend that kept the old contract could fail under the new one; a new
+field with a default, a new feature or a new hook leaves it as it is. Another ``api`` is refused
+with both numbers.
+"""
 
 FEATURES: Mapping[str, str] = MappingProxyType(
     {

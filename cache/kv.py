@@ -18,12 +18,12 @@ def bytes_per_page(backend: AttentionBackend) -> int:
 
 
 def allocate_layers(backend: AttentionBackend, num_pages: int) -> list[LayerCache]:
-    """One uninitialised cache a layer; nothing may rely on what it holds.
+    """One uninitialised cache a layer, of the null page and ``num_pages`` that the pool hands out.
 
     :raises ConfigError: the machine has not that much memory.
     """
     config = backend.config
-    shape = backend.kv_cache_shape(num_pages)
+    shape = backend.kv_cache_shape(1 + num_pages)
 
     def tensor() -> torch.Tensor:
         return torch.empty(shape, dtype=config.dtype, device=config.device)

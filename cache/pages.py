@@ -10,7 +10,9 @@ MAX_PAGE_SIZE = 256
 
 
 class PagePool:
-    """``num_pages`` pages of ``page_size`` tokens each, handed out by id.
+    """``num_pages`` pages of ``page_size`` tokens each, handed out by id, from 1 up.
+
+    Page 0 is the null page of ``backends.base.Batch``: it exists beside them and is never taken.
 
     A taken page has exactly one owner: the radix tree or one request. The order of allocation
     depends only on the calls made: the page freed last is taken first.
@@ -27,8 +29,8 @@ class PagePool:
             raise ConfigError(f"page_size was {page_size}; wanted 1 to {MAX_PAGE_SIZE}.")
         self.num_pages = num_pages
         self.page_size = page_size
-        self._free = list(range(num_pages - 1, -1, -1))
-        self._is_free = bytearray(b"\x01" * num_pages)
+        self._free = list(range(num_pages, 0, -1))
+        self._is_free = bytearray(b"\x01" * (num_pages + 1))
 
     @property
     def num_free(self) -> int:
@@ -53,7 +55,7 @@ class PagePool:
         :raises EngineError: a page that is free already, or that does not exist.
         """
         for page in pages:
-            if not 0 <= page < self.num_pages or self._is_free[page]:
+            if not 1 <= page <= self.num_pages or self._is_free[page]:
                 raise EngineError(f"page {page} was freed, but nobody had taken it")
             self._is_free[page] = 1
             self._free.append(page)
@@ -61,14 +63,14 @@ class PagePool:
     def check_integrity(self, owned: Iterable[int]) -> None:
         """Check that every page is either free or, exactly once, among ``owned``.
 
-        :raises EngineError: a page lost, owned twice, or both free and owned.
+        :raises EngineError: a page lost, owned twice, or both free and owned; the null page taken.
         """
-        owners = [0] * self.num_pages
+        owners = [0] * (self.num_pages + 1)
         for page in owned:
             owners[page] += 1
         for page in self._free:
             owners[page] += 1
         for page, count in enumerate(owners):
-            if count != 1:
+            if count != min(page, 1):
                 state = "free" if self._is_free[page] else "taken"
-                raise EngineError(f"page {page} ({state}) has {count} owners; wanted exactly 1")
+                raise EngineError(f"page {page} ({state}) has {count} owners; wanted {min(page, 1)}")

@@ -150,6 +150,10 @@ def _backend(
             dtype=dtype,
             device=torch.device(config.device),
             max_model_len=max_model_len,
+            sliding_windows=(model.sliding_window,) * model.num_layers
+            if model.sliding_window is not None
+            else (),
+            logit_soft_cap=model.logit_soft_cap,
             deterministic=config.deterministic,
             kernels=kernels,
         )

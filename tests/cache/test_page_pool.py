@@ -12,9 +12,9 @@ from isobit.errors import ConfigError, EngineError
 
 def test_pages_come_in_a_fixed_order() -> None:
     pool = PagePool(4, 16)
-    assert pool.allocate(3) == [0, 1, 2]
-    pool.free([1, 0])
-    assert pool.allocate(2) == [0, 1]  # freed last, taken first
+    assert pool.allocate(3) == [1, 2, 3]
+    pool.free([2, 1])
+    assert pool.allocate(2) == [1, 2]  # freed last, taken first
     assert pool.num_free == 1
 
 
@@ -54,18 +54,23 @@ def test_double_free() -> None:
     pool = PagePool(2, 1)
     pages = pool.allocate(1)
     assert pages is not None
-    with pytest.raises(EngineError, match="page 0 was freed"):
+    with pytest.raises(EngineError, match="page 1 was freed"):
         pool.free(pages * 2)
 
 
 @pytest.mark.parametrize(
     ("owned", "message"),
-    [([0], "page 1 .* has 0 owners"), ([0, 1, 1], "page 1 .* has 2"), ([0, 1, 2], "page 2 .*free")],
+    [
+        ([1], "page 2 .* has 0 owners"),
+        ([1, 2, 2], "page 2 .* has 2"),
+        ([1, 2, 3], "page 3 .*free"),
+        ([0, 1, 2], "page 0 .* has 1 owners; wanted 0"),
+    ],
 )
 def test_integrity_sees_lost_shared_and_freed_pages(owned: list[int], message: str) -> None:
     pool = PagePool(3, 1)
     pool.allocate(2)
-    pool.check_integrity([0, 1])
+    pool.check_integrity([1, 2])
     with pytest.raises(EngineError, match=message):
         pool.check_integrity(owned)
 
