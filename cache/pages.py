@@ -71,6 +71,7 @@ class PagePool:
         for page in self._free:
             owners[page] += 1
         for page, count in enumerate(owners):
-            if count != min(page, 1):
+            wanted = 0 if page == 0 else 1
+            if count != wanted:
                 state = "free" if self._is_free[page] else "taken"
-                raise EngineError(f"page {page} ({state}) has {count} owners; wanted {min(page, 1)}")
+                raise EngineError(f"page {page} ({state}) has {count} owners; wanted {wanted}")
