@@ -127,6 +127,14 @@ def _distributions(spec: BackendSpec, installed: Installed) -> Iterator[Refusal]
             yield Refusal("requires", text, offered, f"Install it: {install}")
 
 
+def missing_distributions(
+    spec: BackendSpec, *, installed: Installed = installed_version
+) -> list[str]:
+    """What ``spec`` requires and the environment lacks, with what is found instead."""
+    found = {text: _lacking(text, installed) for text in spec.requires}
+    return [f"{text} ({offered})" for text, offered in found.items() if offered is not None]
+
+
 def _lacking(text: str, installed: Installed) -> str | None:
     """What is found in place of the requirement ``text``; ``None`` if it is met."""
     try:

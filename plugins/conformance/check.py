@@ -1,0 +1,108 @@
+"""A check: a promise of the contract or of a declaration, and what is run to see whether it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from .corners import Corners
+from .judge import Judge, shrink
+from .scenario import Trial
+from .snippet import snippet
+from .subject import Subject
+
+CONTRACT = "contract"
+"""The cell of what every backend must hold, whatever it declares."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What came of one trial.
+
+    failure: what was wrong, in words; empty where it held
+    snippet: a program that repeats the failure
+    """
+
+    label: str
+    cells: tuple[str, ...]
+    failure: str = ""
+    snippet: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a check is run on."""
+
+    subject: Subject
+    corners: Corners
+    judge: Judge
+
+
+Gate = Callable[[Corners], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check.
+
+    what:  the promise, in a sentence
+    cells: the declarations that it is evidence for
+    gate:  why it does not apply to a backend, or ``None`` where it does
+    run:   its findings, the smallest trial first
+    """
+
+    name: str
+    what: str
+    cells: tuple[str, ...]
+    gate: Gate
+    run: Callable[[Context], Iterator[Finding]]
+
+
+def trial_check(
+    name: str,
+    what: str,
+    cells: tuple[str, ...],
+    trials: Callable[[Corners], Iterator[Trial]],
+    gate: Gate = lambda corners: None,
+) -> Check:
+    """A check made of trials; it ends at its first failure, made as small as can be."""
+
+    def run(context: Context) -> Iterator[Finding]:
+        for trial in trials(context.corners):
+            difference = context.judge.judge(trial)
+            if difference is None:
+                yield Finding(trial.label, trial.cells)
+                continue
+            smallest, difference = shrink(context.judge, trial, difference)
+            yield Finding(
+                trial.label,
+                trial.cells,
+                difference.message,
+                snippet(context.subject, smallest),
+            )
+            return
+
+    return Check(name, what, cells, gate, run)
+
+
+def all_of(*gates: Gate) -> Gate:
+    """The first reason that any of the gates gives."""
+
+    def gate(corners: Corners) -> str | None:
+        return next((reason for g in gates if (reason := g(corners)) is not None), None)
+
+    return gate
+
+
+def needs(declaration: str) -> Gate:
+    """A gate for a boolean declaration such as ``chunk_invariant``."""
+
+    def gate(corners: Corners) -> str | None:
+        return None if getattr(corners.capabilities, declaration) else f"not {declaration}"
+
+    return gate
+
+
+def needs_feature(feature: str) -> Gate:
+    """A gate for a cell of ``features``."""
+    return lambda corners: corners.lacks(feature)

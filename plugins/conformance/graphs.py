@@ -1,0 +1,76 @@
+"""Recording a backend's ``run`` and replaying it: a CUDA graph, and on the CPU a tape.
+
+The tape keeps the rules of a CUDA graph: every call goes again to the same tensors, whatever the
+host computed is frozen as it was, and nothing may wait for a value or size a tensor by one. So a
+backend written in torch can be judged for ``cuda_graph`` on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ...errors import BackendError
+
+_WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"}
+_SIZED_BY_VALUES = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
+
+
+class Recorded(Protocol):
+    """A recording that can be replayed."""
+
+    def replay(self) -> None: ...
+
+
+def record(work: Callable[[], None], device: torch.device) -> Recorded:
+    """Record ``work``, which has run before on the same tensors.
+
+    :raises BackendError: it waits for the device, or sizes a tensor by values.
+    """
+    if device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph
+    tape = _Tape()
+    with tape:
+        work()
+    return tape
+
+
+class _Tape(TorchDispatchMode):
+    """Every operator call, with the tensors it had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name
+        if name in _WAITS:
+            raise BackendError(f"{name} waits for the device, which a captured graph cannot do")
+        masks = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype == torch.bool]
+        if name in _SIZED_BY_VALUES or (name == "aten::index" and masks):
+            raise BackendError(f"{name} sizes a tensor by values; a captured graph cannot do that")
+        result = func(*args, **kwargs)
+        self._calls.append((func, args, kwargs, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, recorded in self._calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)

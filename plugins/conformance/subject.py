@@ -1,0 +1,86 @@
+"""What is judged: a declaration and the class that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ...backends.base import AttentionBackend
+from ...backends.capabilities import BackendSpec
+from ...backends.matrix import load_factory
+from ...backends.rules import missing_distributions
+from ...errors import ConfigError
+from ..discovery import Candidate
+from ..manager import PluginHost
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A backend as it was found.
+
+    candidates: what a ``PluginHost`` loads to find it again; ``None`` for the installed plugins
+    """
+
+    spec: BackendSpec
+    factory: type[AttentionBackend]
+    distribution: str
+    version: str
+    candidates: Sequence[Candidate] | None = None
+
+
+def find_subject(
+    name: str, host: PluginHost, candidates: Sequence[Candidate] | None = None
+) -> Subject:
+    """The backend ``name`` of ``host``, its class imported.
+
+    :param candidates: what ``host`` was made from, where that is not the installed plugins.
+    :raises ConfigError: there is none, or it cannot be imported; with the reason.
+    """
+    found = host.require(name)
+    missing = missing_distributions(found.spec)
+    if missing:
+        remedy = found.spec.install or "install them"
+        raise ConfigError(f"backend {name!r} requires {', '.join(missing)}. To mend it: {remedy}")
+    factory = load_factory(found.spec)
+    return Subject(found.spec, factory, found.distribution, found.version, candidates)
+
+
+def choose_device(spec: BackendSpec, device: str | None = None) -> str:
+    """The device to judge on: the one asked for, else CUDA where it is declared and present.
+
+    :raises ConfigError: the device is not declared, or not on this machine.
+    """
+    declared = spec.capabilities.devices
+    if device is not None and device not in declared:
+        raise ConfigError(
+            f"device {device!r} was asked for, and {spec.name} declares {_listed(declared)}. "
+            "Pass one of those."
+        )
+    here = [d for d in ("cuda", "cpu") if d in declared and why_not_here(d, spec) is None]
+    if device is None and here:
+        return here[0]
+    wanted = device or sorted(declared)[0]
+    reason = why_not_here(wanted, spec)
+    if reason is not None:
+        raise ConfigError(f"{spec.name} cannot be judged on {wanted} here: {reason}.")
+    return wanted
+
+
+def why_not_here(device: str, spec: BackendSpec) -> str | None:
+    """Why this machine cannot run the backend on ``device``; ``None`` where it can."""
+    if device == "cpu":
+        return None
+    if device != "cuda":
+        return f"the suite knows no device {device!r}"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    lowest, found = spec.capabilities.compute_capability, torch.cuda.get_device_capability()
+    if lowest is not None and found < lowest:
+        return f"it needs compute capability {lowest}, and the device has {found}"
+    return None
+
+
+def _listed(names: object) -> str:
+    return ", ".join(sorted(names)) if isinstance(names, frozenset | set) else str(names)
