@@ -12,6 +12,7 @@ import click
 
 from .columns import columns
 from .options import plugin_options, set_threads, user_errors
+from .prove import prove
 
 
 @click.group("plugins", invoke_without_command=True)
@@ -89,25 +90,24 @@ def test(
     Example: isobit plugins test torch --quick
     """
     set_threads(threads)
-    from ..plugins.conformance.proof import make_proof
     from ..plugins.conformance.subject import choose_device, find_subject
-    from ..plugins.conformance.suite import run_suite
-    from ..plugins.conformance.text import failures, outcome_line, proof_table, verdict
+    from ..plugins.conformance.text import proof_table, verdict
     from ..plugins.conformance.waivers import parse_waivers
 
     subject = find_subject(backend, context.obj)
-    device = choose_device(subject.spec, device)
-    outcomes = []
-    for outcome in run_suite(subject, device, quick=quick, waivers=parse_waivers(waive), only=only):
-        outcomes.append(outcome)
-        click.echo(outcome_line(outcome), err=as_json)
-    line = f"isobit plugins test {backend} --device {device}" + (" --quick" if quick else "")
-    proof = make_proof(subject, device, outcomes, command=line)
+    proof, failed = prove(
+        subject,
+        choose_device(subject.spec, device),
+        quick=quick,
+        waivers=parse_waivers(waive),
+        only=only,
+        err=as_json,
+    )
     if save is not None:
         save.write_text(json.dumps(proof.as_dict(), indent=1) + "\n")
     if as_json:
         click.echo(json.dumps(proof.as_dict()))
     else:
-        told = [failures(outcomes), proof_table(proof), verdict(proof)]
+        told = [failed, proof_table(proof), verdict(proof)]
         click.echo("\n" + "\n\n".join(part for part in told if part))
     sys.exit(0 if proof.holds else 1)

@@ -13,8 +13,8 @@ import torch
 
 from ...backends.capabilities import FEATURES, Capabilities, Conditional, Unsupported
 from ...backends.rules import describe_set, installed_version
-from .check import CONTRACT
-from .corners import GQA_RATIOS
+from .check import CONTRACT, Context
+from .corners import GQA_RATIOS, Corners
 from .subject import Subject
 from .suite import Outcome
 
@@ -26,7 +26,8 @@ class Cell:
     verdict: ``proved`` if every trial that speaks of it held; ``failed`` if one did not;
              ``waived`` if a check that speaks of it was not run; ``unproved`` if none was
     trials:  how many spoke of it
-    why:     the reason of anything but ``proved``
+    why:     the reason of anything but ``proved``; of what was proved, which values were tried
+             where not all were
     """
 
     declared: str
@@ -68,11 +69,10 @@ class Proof:
         return asdict(self)
 
 
-def make_proof(
-    subject: Subject, device: str, outcomes: Iterable[Outcome], *, command: str
-) -> Proof:
+def make_proof(context: Context, outcomes: Iterable[Outcome], *, command: str) -> Proof:
     """The proof that the outcomes of a whole suite are."""
     outcomes = list(outcomes)
+    subject, device = context.subject, context.corners.device
     return Proof(
         backend=subject.spec.name,
         distribution=subject.distribution,
@@ -84,7 +84,7 @@ def make_proof(
         command=command,
         seconds=round(sum(outcome.seconds for outcome in outcomes), 1),
         cells={
-            name: _judge(name, declared, absent, outcomes)
+            name: _judge(name, declared, absent, outcomes, context.corners)
             for name, declared, absent in declarations(subject.spec.capabilities)
         },
         checks=[_row(outcome) for outcome in outcomes],
@@ -142,7 +142,9 @@ def _versions(subject: Subject, device: str) -> dict[str, str]:
     return versions
 
 
-def _judge(name: str, declared: str, absent: str, outcomes: Sequence[Outcome]) -> Cell:
+def _judge(
+    name: str, declared: str, absent: str, outcomes: Sequence[Outcome], corners: Corners
+) -> Cell:
     if absent:
         return Cell(declared, "not declared", 0, absent)
     speaking = [o for o in outcomes if name in o.cells]
@@ -152,7 +154,8 @@ def _judge(name: str, declared: str, absent: str, outcomes: Sequence[Outcome]) -
         if reasons:
             return Cell(declared, verdict, trials, "; ".join(reasons))
     if trials:
-        return Cell(declared, "proved", trials)
+        sampled = corners.tried(name) if name in ("head_dims", "page_sizes") else ""
+        return Cell(declared, "proved", trials, sampled)
     idle = [f"{o.check.name}: {o.reason}" for o in speaking if o.reason]
     return Cell(declared, "unproved", 0, "; ".join(idle) or "no check that ran speaks of it")
 

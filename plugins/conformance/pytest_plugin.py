@@ -75,7 +75,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     from .text import proof_table, verdict
 
     context, _ = config.stash[CHOSEN]
-    proof = make_proof(context.subject, context.corners.device, outcomes, command="pytest")
+    proof = make_proof(context, outcomes, command="pytest")
     terminalreporter.section(f"conformance of {proof.backend}")
     terminalreporter.write_line(proof_table(proof))
     terminalreporter.write_line("")

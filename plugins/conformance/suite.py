@@ -68,27 +68,23 @@ def run_check(check: Check, context: Context, waivers: Mapping[str, str]) -> Out
 
 
 def run_suite(
-    subject: Subject,
-    device: str,
-    *,
-    quick: bool = False,
-    waivers: Mapping[str, str] | None = None,
-    only: Iterable[str] = (),
+    context: Context, *, waivers: Mapping[str, str] | None = None, only: Iterable[str] = ()
 ) -> Iterator[Outcome]:
     """The outcome of every check, as it comes.
 
-    :param quick: shorter sequences and fewer values.
     :param waivers: checks that are not run, each with the reason, which the report shows.
     :param only: names of the checks to run; empty for all.
     :raises ConfigError: a check that does not exist, or a waiver without a reason.
     """
     waivers = check_waivers(waivers or {})
     chosen = [known_check(name) for name in only] or CHECKS
-    context = make_context(subject, device, quick=quick)
     for check in chosen:
         yield run_check(check, context, waivers)
 
 
 def make_context(subject: Subject, device: str, *, quick: bool) -> Context:
-    """What the checks of one backend share."""
+    """What the checks of one backend share.
+
+    :param quick: shorter sequences and fewer values.
+    """
     return Context(subject, Corners(subject.spec, device, quick), Judge(subject.factory))
