@@ -49,8 +49,8 @@ def command(explain: bool, prove: bool, quick: bool, as_json: bool, **options: A
         found = {"backends": rows, "problems": host.problems(), "taken": taken}
         click.echo(json.dumps(found | {"proofs": [proof.as_dict() for proof in proofs]}))
     else:
-        click.echo(text_table(rows))
-        click.echo("".join(f"\n{part}\n" for part in (taken, _proved(proofs), *told) if part))
+        parts = (text_table(rows), taken, _proved(proofs), *told)
+        click.echo("\n\n".join(part for part in parts if part))
     for problem in host.problems():
         click.echo(f"problem: {problem}", err=True)
     sys.exit(0 if all(proof.holds for proof in proofs) else 1)
