@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..backends.capabilities import FEATURES
 from ..backends.rules import describe_set
-from .plot import WIDTH, plot
+from .plot import plot
 
 if TYPE_CHECKING:
     from ..core.report import StartupReport
@@ -72,7 +72,7 @@ def verify_page(
     }
     return _render(
         "verify.html.j2",
-        title="Equal requests, equal bits" if not failed else "Equal requests, other bits",
+        title="Same request, same bits?",
         clean=not failed,
         sentence=_verify_sentence(verdicts, modes, failed),
         facts=facts,
@@ -82,7 +82,6 @@ def verify_page(
         meanings=MEANINGS,
         plots={v.invariance: plot(v.divergence) for v in verdicts if v.divergence},
         by_layer={v.invariance: _by_layer(v.divergence) for v in verdicts if v.divergence},
-        plot_width=WIDTH,
     )
 
 
@@ -130,14 +129,16 @@ def _render(template: str, **values: Any) -> str:
 def _verify_sentence(
     verdicts: Sequence[Verdict], modes: Sequence[ModeResult], failed: Sequence[str]
 ) -> str:
-    tried = len([v for v in verdicts if v.skipped is None]) + len(modes)
+    tried = len([v for v in verdicts if v.skipped is None])
+    tried += len([mode for mode in modes if mode.samples])
     what = "invariances" if verdicts else "prompts"
     if failed:
         how = "do not hold" if verdicts else "gave more than one result"
         return f"{len(failed)} of {tried} {what} {how}: {', '.join(failed)}."
     runs = sum(v.runs for v in verdicts) + sum(mode.samples for mode in modes)
     skipped = [v.invariance for v in verdicts if v.skipped is not None]
-    text = f"All {tried} {what} gave the same bits in {runs} runs."
+    how = "hold" if verdicts else "gave one result each"
+    text = f"All {tried} {what} {how}: the same bits in {runs} runs."
     return text + (f" Not run: {', '.join(skipped)}." if skipped else "")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .locate import Divergence
 
-WIDTH = 720
+_WIDTH, _NARROWEST = 960, 480
 _LEFT, _TOP, _RIGHT = 76, 30, 12
 _MAX_COLUMNS = 120
 _MAX_CELL_WIDTH = 26
@@ -33,9 +33,10 @@ class Plot:
     column stands for.
     """
 
-    height: float
-    bottom: float
-    cell_height: float
+    width: int
+    height: int
+    bottom: int
+    cell_height: int
     rows: list[tuple[float, str]]
     ticks: list[tuple[float, str]]
     equal: str
@@ -51,7 +52,7 @@ def plot(divergence: Divergence) -> Plot:
     positions = len(divergence.grid[0])
     span = -(-positions // _MAX_COLUMNS)
     columns = -(-positions // span)
-    width = min(_MAX_CELL_WIDTH, (WIDTH - _LEFT - _RIGHT) / columns)
+    width = min(_MAX_CELL_WIDTH, (_WIDTH - _LEFT - _RIGHT) / columns)
     tall = len(divergence.layers) <= _TALL_ROWS
     height = 15 if tall else 7
     paths: dict[str, list[str]] = {"equal": [], "differing": [], "absent": []}
@@ -60,12 +61,14 @@ def plot(divergence: Divergence) -> Plot:
         for state, begin, stop in _bars([_state(row[p : p + span]) for p in _steps(row, span)]):
             for left, right in _cells(begin, stop, width):
                 paths[state].append(_rect(_LEFT + left, y, right - left - 1, height - 1))
+    total = max(_NARROWEST, round(_LEFT + columns * width) + _RIGHT)
     bottom = _TOP + len(divergence.layers) * height
     first_row = next(
         i for i, row in enumerate(divergence.grid) if row[divergence.position] == divergence.op
     )
     first_x = _LEFT + divergence.position // span * width
     return Plot(
+        width=total,
         height=bottom + 40,
         bottom=bottom,
         cell_height=height - 1,
@@ -79,7 +82,7 @@ def plot(divergence: Divergence) -> Plot:
         differing="".join(paths["differing"]),
         absent="".join(paths["absent"]),
         first=(round(first_x, 1), _TOP + first_row * height, round(max(width - 1, 3), 1)),
-        label_left=first_x < WIDTH / 2,
+        label_left=first_x < total / 2,
         span=span,
     )
 
