@@ -12,6 +12,7 @@ import pytest
 
 import isobit
 from isobit import LLM
+from isobit.backends.capabilities import Requirements
 from isobit.backends.table import matrix_rows
 from isobit.plugins.manager import PluginHost
 from isobit.verify.judge import Verdict
@@ -154,11 +155,28 @@ def test_the_matrix_has_declared_beside_proved(
     assert 'class="sentence bad"' in html
 
 
+def test_a_matrix_against_what_is_asked_has_the_refusals() -> None:
+    asked = Requirements(
+        dtype="float16",
+        head_dim=64,
+        page_size=16,
+        device="cpu",
+        compute_capability=None,
+        deterministic=True,
+        features={},
+    )
+    html = matrix_page(matrix_rows(PluginHost(), asked), [], command=COMMAND)
+    assert_self_contained(html)
+    assert "serves what is asked" in html
+    assert "wanted float16" in Page(html).text
+
+
 def test_a_matrix_without_proofs_says_so() -> None:
     html = matrix_page(matrix_rows(PluginHost()), [], command=COMMAND)
     assert_self_contained(html)
     assert "Nothing was proved" in html
     assert "proved on" not in html
+    assert "serves what is asked" not in html
 
 
 def divergence(positions: int, layers: int, first: int) -> Divergence:
