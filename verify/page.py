@@ -40,7 +40,7 @@ MEANINGS = {
 
 _SETS = ("dtypes", "head_dims", "page_sizes")
 _FLAGS = ("deterministic", "chunk_invariant", "decode_equals_prefill")
-CELLS = (*_SETS, "gqa", *_FLAGS, "alignment", *FEATURES)
+CELLS = ("contract", *_SETS, "gqa", *_FLAGS, "alignment", *FEATURES)
 """The matrix's rows: everything that can be declared and proved."""
 
 
