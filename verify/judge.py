@@ -54,6 +54,8 @@ def judge_all(
         began = time.perf_counter()
         if name == "cache" and engine.scheduler.cache is None:
             yield _skipped(name, "the radix cache is off")
+        elif name == "chunk" and not engine.scheduler.config.chunked_prefill:
+            yield _skipped(name, "chunked prefill is off")
         elif name == "restart":
             yield _judge_restart(proofs, restart, began)
         elif name == "rng":
