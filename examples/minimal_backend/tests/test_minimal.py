@@ -109,9 +109,9 @@ def test_neighbours_pages_and_threads_change_no_bit():
         alone = [attend([part])[0] for part in parts]
         if threads == 1:
             wanted = alone
-        for seed, batch in enumerate((parts, parts[1:4], parts[::2])):
-            for part, result in zip(batch, attend(batch, seed), strict=True):
-                assert torch.equal(result, wanted[parts.index(part)])
+        for seed, batch in enumerate(([0, 1, 2, 3, 4], [1, 2, 3], [4, 2, 0])):
+            for b, result in zip(batch, attend([parts[b] for b in batch], seed), strict=True):
+                assert torch.equal(result, wanted[b])
         assert all(map(torch.equal, alone, wanted))
 
 
@@ -142,7 +142,7 @@ def test_the_engine_serves_and_the_proofs_hold():
     with LLM(**options) as llm:
         vocab = llm.engine.vocab_size
         cases = make_cases(
-            None, vocab, (1, 17, 63), max_new_tokens=5, temperature=0.0, sampling_seed=None
+            None, vocab, (1, 17, 300), max_new_tokens=5, temperature=0.0, sampling_seed=None
         )
         verdicts = list(judge_all(llm.engine, cases, RestartSpec(options, 1)))
     assert [v.invariance for v in verdicts] == list(INVARIANCES)
