@@ -56,6 +56,8 @@ def judge_all(
             yield _skipped(name, "the radix cache is off")
         elif name == "chunk" and not engine.scheduler.config.chunked_prefill:
             yield _skipped(name, "chunked prefill is off")
+        elif name == "score" and not engine.scheduler.config.decode_equals_prefill:
+            yield _skipped(name, "the backend does not promise that decoding equals a prefill")
         elif name == "restart":
             yield _judge_restart(proofs, restart, began)
         elif name == "rng":

@@ -46,5 +46,5 @@ def test_the_proofs_hold(shape: str, dtype: str) -> None:
 
 
 def test_a_graph_is_refused() -> None:
-    with pytest.raises(ConfigError, match="follows the lengths|no graphs"):
+    with pytest.raises(ConfigError, match="cuda_graph"):
         LLM("tiny-llama", load_format="random", attention_backend="sdpa", cuda_graph=True)
