@@ -140,11 +140,11 @@ class SdpaAttention(AttentionBackend):
         longest = -(-self.config.max_model_len // tile) * tile
         if window is not None:
             longest = min(longest, -(-(window - 1) // tile) * tile + tile)
-        options = {"device": self.config.device}
-        rows = torch.arange(longest - tile, longest, **options)[:, None]
-        columns = torch.arange(longest, **options)
+        device = self.config.device
+        rows = torch.arange(longest - tile, longest, device=device)[:, None]
+        columns = torch.arange(longest, device=device)
         hidden = columns > rows
         if window is not None:
             hidden |= columns <= rows - window
-        mask = torch.zeros(tile, longest, dtype=self._dtype, **options)
+        mask = torch.zeros(tile, longest, dtype=self._dtype, device=device)
         return mask.masked_fill_(hidden, -torch.inf)
