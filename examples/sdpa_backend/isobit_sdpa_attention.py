@@ -113,8 +113,8 @@ class SdpaAttention(AttentionBackend):
 
     def _call(self, q: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """One tile: q ``[TILE, Hq, D]`` -> the same, over keys that end where the tile ends."""
-        groups = (self.config.num_kv_heads, -1)
-        heads = q.unflatten(1, groups).permute(1, 2, 0, 3)
+        grouped = (len(q), self.config.num_kv_heads, -1, self.config.head_dim)
+        heads = q.view(grouped).permute(1, 2, 0, 3)
         shared = (-1, heads.shape[1], -1, -1)
         result = scaled_dot_product_attention(
             heads,
