@@ -5,8 +5,7 @@ from itertools import accumulate
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from isobit.kernels.threads import one_thread
-from isobit.plugins import AttentionBackend
+from isobit.plugins import AttentionBackend, one_thread
 
 
 class MinimalAttention(AttentionBackend):
