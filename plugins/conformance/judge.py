@@ -131,11 +131,10 @@ def _smaller(trial: Trial, difference: Difference) -> list[Trial]:
     found += [_without(trial, {index}) for index in others]
     if failing >= 0:
         seen, length = difference.position + 1, trial.sequences[failing].length
-        keeps = (seen, seen + 1, (seen + length) // 2)
-        found += [_shortened(trial, failing, keep) for keep in keeps]
+        found += [_shortened(trial, failing, n) for n in (seen, seen + 1, (seen + length) // 2)]
     for index in others:
-        keeps = (1, trial.sequences[index].length // 2)
-        found += [_shortened(trial, index, keep) for keep in keeps]
+        half = trial.sequences[index].length // 2
+        found += [_shortened(trial, index, n) for n in (1, half)]
     return [t for t in found if t.run.steps and (t.against is None or t.against.steps)]
 
 
