@@ -29,14 +29,24 @@ from .capabilities import API_VERSION as API_VERSION
 class AttentionConfig:
     """The facts of a model and a cache that a backend is built for.
 
-    ``scale`` multiplies the scores (``head_dim ** -0.5`` unless the model says otherwise).
-    ``sliding_windows`` has an entry a layer, or is empty where no layer has a window: under
-    window ``w`` the row at position ``p`` sees positions ``max(0, p - w + 1) … p``; ``None`` sees
-    all earlier ones. With ``logit_soft_cap`` ``c`` the scaled scores become ``c * tanh(s / c)``
-    before they are masked. Both are asked only of a backend that declares them.
-    ``deterministic`` is False when the user lifted the constraints: a backend may then choose
-    any reduction order. ``kernels`` is the provider that the engine runs its own ops with
-    (``kernels.dispatch.load_kernels``), for backends that use Isobit's attention kernels.
+    num_layers: of the model; each has a ``LayerCache`` and one ``run`` a step
+    num_q_heads: query heads, a multiple of ``num_kv_heads``
+    num_kv_heads: KV heads; query head ``h`` reads KV head ``h // (num_q_heads // num_kv_heads)``
+    head_dim:   channels of one head, of q, k and v alike
+    scale:      multiplies the scores; ``head_dim ** -0.5`` unless the model says otherwise
+    page_size:  tokens a page
+    dtype:      of q, k, v, ``out`` and the cache
+    device:     where all tensors are
+    max_model_len: the longest a sequence becomes, in tokens
+    sliding_windows: an entry a layer, or empty where no layer has a window: under window ``w`` the
+        row at position ``p`` sees positions ``max(0, p - w + 1) … p``; ``None`` sees all earlier
+        ones. Asked only of a backend that declares ``sliding_window``
+    logit_soft_cap: ``c`` turns each scaled score ``s`` into ``c * tanh(s / c)`` before it is
+        masked. Asked only of a backend that declares ``logit_soft_cap``
+    deterministic: ``False`` where the user lifted the constraints: a backend may then choose any
+        order of reduction
+    kernels:    the provider that the engine runs its own ops with
+        (``kernels.dispatch.load_kernels``), for backends that use Isobit's attention kernels
     """
 
     num_layers: int
@@ -64,21 +74,23 @@ class Batch:
 
     Sequence ``b`` owns the rows ``cu_seqlens_q[b] : cu_seqlens_q[b + 1]`` of every packed tensor;
     those rows are its positions ``seq_lens[b] - query_lens[b] … seq_lens[b] - 1``. Sequences in
-    their decode phase (one row each) come first: there are ``num_decodes`` of them. A prefill may
-    bring one row too; only its place tells it from a decode.
+    their decode phase (one row each) come first. A prefill may bring one row too; only its place
+    tells it from a decode.
 
     Page 0 is the *null page*: no sequence owns it, and what it holds means nothing. A captured
     graph's batch is filled up with *padding*: sequences in their decode phase of length 1 whose
     only page and slot lie in the null page; their rows of ``out`` are never read.
 
-    token_ids:     int64 ``[T]``
-    positions:     int64 ``[T]``, absolute
-    slot_mapping:  int64 ``[T]``, ``page * page_size + offset`` where the row's K and V go
-    cu_seqlens_q:  int32 ``[B + 1]``
-    seq_lens:      int32 ``[B]``, KV length including this step's rows
-    block_table:   int32 ``[B, max_pages]``; entries past a sequence's last page are 0, the null
-                   page
-    query_lens, kv_lens: the same lengths as Python ints, for planning without a device copy
+    token_ids:    int64 ``[T]``
+    positions:    int64 ``[T]``, absolute
+    slot_mapping: int64 ``[T]``, ``page * page_size + offset`` where the row's K and V go
+    cu_seqlens_q: int32 ``[B + 1]``, where each sequence's rows begin; the last entry is ``T``
+    seq_lens:     int32 ``[B]``, KV length including this step's rows
+    block_table:  int32 ``[B, max_pages]``, each sequence's pages in order; entries past its last
+        page are 0, the null page
+    query_lens:   rows of each sequence as Python ints, for planning without a device copy
+    kv_lens:      ``seq_lens`` as Python ints
+    num_decodes:  how many sequences, the first ones, are in their decode phase
     """
 
     token_ids: Tensor
@@ -102,7 +114,12 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's K and V, each of the shape that ``kv_cache_shape`` asked for."""
+    """One layer's part of the KV cache.
+
+    index: the layer, from 0
+    k, v:  in the config's dtype, each of the shape that ``kv_cache_shape`` asked for, contiguous;
+        the same tensors in every step
+    """
 
     index: int
     k: Tensor

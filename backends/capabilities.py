@@ -112,6 +112,7 @@ class BackendSpec:
     name:     what a user passes as ``attention_backend``; ``"auto"`` is taken
     api:      the ``API_VERSION`` that it was written for
     factory:  ``"package.module:Class"``, imported only when the backend is chosen
+    capabilities: what it can hold
     requires: distributions that must be installed, as requirement strings
     install:  the line a user types to get them
 
@@ -139,9 +140,13 @@ class BackendSpec:
 class Requirements:
     """What a start-up asks of its attention backend.
 
-    dtype:    a name as torch spells it, ``"bfloat16"``
-    device:   a device type, ``"cpu"`` or ``"cuda"``
-    features: True = asked for, False = ruled out, None = left to the backend (``"auto"``)
+    dtype:     a name as torch spells it, ``"bfloat16"``
+    head_dim:  of the model
+    page_size: in tokens
+    device:    a device type, ``"cpu"`` or ``"cuda"``
+    compute_capability: of the CUDA device, as ``(major, minor)``; ``None`` elsewhere
+    deterministic: whether the bits may depend on nothing but the request
+    features:  True = asked for, False = ruled out, None = left to the backend (``"auto"``)
 
     :raises ConfigError: a feature that does not exist.
     """

@@ -23,9 +23,20 @@ import click
 from click.testing import CliRunner
 from proved import proved_matrix
 
-from isobit.backends.capabilities import FEATURES, BackendSpec, Capabilities
+from isobit.backends.base import AttentionConfig, Batch, LayerCache
+from isobit.backends.capabilities import (
+    FEATURES,
+    BackendSpec,
+    Capabilities,
+    Refusal,
+    Requirements,
+    Supported,
+)
 from isobit.cli.main import main as cli
 from isobit.core.config import EngineConfig
+from isobit.plugins.conformance.check import Check
+from isobit.plugins.conformance.corners import Corners
+from isobit.plugins.conformance.registry import CHECKS
 from isobit.plugins.discovery import BUILT_IN, Candidate, discover
 from isobit.sampling.params import SamplingParams
 
@@ -91,6 +102,31 @@ def features() -> str:
     return _table(("feature", "meaning"), [(f"`{name}`", text) for name, text in FEATURES.items()])
 
 
+def checks() -> str:
+    """The conformance suite's checks, in the order in which they run."""
+    rows = [(f"`{check.name}`", check.what, _judged_where(check)) for check in CHECKS]
+    return _table(("check", "the promise that it tries", "judged where declared"), rows)
+
+
+def _judged_where(check: Check) -> str:
+    """What a backend must declare before the check applies: whatever its gate asks for in turn."""
+    declared: dict[str, Any] = {}
+    while (reason := _objection(check, declared)) is not None:
+        name = reason.removeprefix("not ").partition(":")[0]
+        if name in declared:
+            raise SystemExit(f"check {check.name} is not judged though {name} is declared")
+        declared[name] = Supported() if name in FEATURES else True
+    return ", ".join(f"`{name}`" for name in declared) or "always"
+
+
+def _objection(check: Check, declared: dict[str, Any]) -> str | None:
+    features = {name: cell for name, cell in declared.items() if name in FEATURES}
+    promises = {name: value for name, value in declared.items() if name not in FEATURES}
+    capabilities = Capabilities(dtypes={"float32"}, devices={"cpu"}, features=features, **promises)
+    spec = BackendSpec(name="any", api=1, factory="any:Any", capabilities=capabilities)
+    return check.gate(Corners(spec, "cpu"))
+
+
 def fields_of(cls: type) -> Callable[[], str]:
     """A part: the fields of a dataclass, their meaning taken from its docstring."""
 
@@ -148,6 +184,12 @@ PARTS: dict[str, Callable[[], str]] = {
     "sampling-params": fields_of(SamplingParams),
     "capabilities": fields_of(Capabilities),
     "backend-spec": fields_of(BackendSpec),
+    "requirements": fields_of(Requirements),
+    "refusal": fields_of(Refusal),
+    "attention-config": fields_of(AttentionConfig),
+    "batch": fields_of(Batch),
+    "layer-cache": fields_of(LayerCache),
+    "checks": checks,
     "features": features,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,7 +111,7 @@ def _exact(value: Tensor) -> str:
 def shrink(
     judge: Judge, trial: Trial, difference: Difference, budget: int = 40
 ) -> tuple[Trial, Difference]:
-    """The smallest trial found that still fails: fewer positions, then fewer sequences."""
+    """The smallest trial found that still fails: fewer sequences, then fewer positions."""
     for smaller in _smaller(trial, difference):
         budget -= 1
         if budget < 0:
@@ -123,43 +124,68 @@ def shrink(
 
 def _smaller(trial: Trial, difference: Difference) -> list[Trial]:
     """Trials that are one step smaller, the boldest first."""
-    found = []
-    last = difference.position + 1
-    if difference.sequence >= 0 and last < trial.sequences[difference.sequence].length:
-        found.append(_without_positions(trial, difference.sequence, last))
-    for index in range(len(trial.sequences)):
-        if index == difference.sequence and len(trial.sequences) > 1:
-            continue
-        for keep in (0, 1, trial.sequences[index].length // 2):
-            if keep < trial.sequences[index].length:
-                found.append(_without_positions(trial, index, keep))
+    failing = difference.sequence
+    others = [index for index in range(len(trial.sequences)) if index != failing]
+    half = len(others) // 2
+    found = [_without(trial, set(some)) for some in (others, others[half:], others[:half])]
+    found += [_without(trial, {index}) for index in others]
+    if failing >= 0:
+        seen, length = difference.position + 1, trial.sequences[failing].length
+        found += [_shortened(trial, failing, n) for n in (seen, seen + 1, (seen + length) // 2)]
+    for index in others:
+        half = trial.sequences[index].length // 2
+        found += [_shortened(trial, index, n) for n in (1, half)]
     return [t for t in found if t.run.steps and (t.against is None or t.against.steps)]
 
 
-def _without_positions(trial: Trial, index: int, keep: int) -> Trial:
-    """The trial with only the first ``keep`` positions of one sequence; 0 leaves it out."""
+def _without(trial: Trial, left_out: set[int]) -> Trial:
+    """The trial with fewer sequences; without steps where it could not be run, or is no smaller."""
+    kept = [index for index in range(len(trial.sequences)) if index not in left_out]
+    number = {old: new for new, old in enumerate(kept)}
+    sources = {s.prefix_of for s in (trial.sequences[i] for i in kept)} - {None}
+    if not left_out or not sources <= set(kept):
+        return _not_run(trial)
 
     def cut(run: Run) -> Run:
-        steps = []
-        for step in run.steps:
-            pieces = [
+        steps = (
+            tuple(replace(p, sequence=number[p.sequence]) for p in step if p.sequence in number)
+            for step in run.steps
+        )
+        return replace(run, steps=tuple(filter(None, steps)))
+
+    sequences = (
+        replace(s, prefix_of=None if s.prefix_of is None else number[s.prefix_of])
+        for s in (trial.sequences[i] for i in kept)
+    )
+    return replace(_every_run(trial, cut), sequences=tuple(sequences))
+
+
+def _shortened(trial: Trial, index: int, keep: int) -> Trial:
+    """The trial with only the first ``keep`` positions of one sequence, at least one."""
+    sequence = trial.sequences[index]
+    if not 0 < keep < sequence.length or any(s.prefix_of == index for s in trial.sequences):
+        return _not_run(trial)
+
+    def cut(run: Run) -> Run:
+        steps = (
+            tuple(
                 replace(p, stop=min(p.stop, keep)) if p.sequence == index else p
                 for p in step
                 if p.sequence != index or p.start < keep
-            ]
-            if pieces:
-                steps.append(tuple(pieces))
-        return replace(run, steps=tuple(steps))
+            )
+            for step in run.steps
+        )
+        return replace(run, steps=tuple(filter(None, steps)))
 
     sequences = list(trial.sequences)
-    if any(s.prefix_of == index for s in sequences):
-        return replace(trial, run=replace(trial.run, steps=()))
-    sequence = sequences[index]
-    length = max(keep, 1)
-    sequences[index] = replace(sequence, length=length, prefix=min(sequence.prefix, length))
-    return replace(
-        trial,
-        sequences=tuple(sequences),
-        run=cut(trial.run),
-        against=cut(trial.against) if trial.against else None,
-    )
+    sequences[index] = replace(sequence, length=keep, prefix=min(sequence.prefix, keep))
+    return replace(_every_run(trial, cut), sequences=tuple(sequences))
+
+
+def _every_run(trial: Trial, change: Callable[[Run], Run]) -> Trial:
+    against = change(trial.against) if trial.against else None
+    return replace(trial, run=change(trial.run), against=against)
+
+
+def _not_run(trial: Trial) -> Trial:
+    return replace(trial, run=replace(trial.run, steps=()))

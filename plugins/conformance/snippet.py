@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
@@ -29,14 +30,18 @@ def _source(value: Any) -> str:
             for f in fields(value)
             if f.default is MISSING or getattr(value, f.name) != f.default
         ]
-        return f"{type(value).__name__}(\n" + "\n".join(map(_indented, told)) + "\n)"
+        name = type(value).__name__
+        short = f"{name}({' '.join(told).removesuffix(',')})"
+        if len(short) <= 80 and "\n" not in short:
+            return short
+        return f"{name}(\n" + "\n".join(map(_indented, told)) + "\n)"
     if isinstance(value, tuple):
         inner = [_source(item) for item in value]
         short = f"({', '.join(inner)}{',' if len(inner) == 1 else ''})"
         if len(short) <= 88 and "\n" not in short:
             return short
         return "(\n" + "\n".join(f"{_indented(item)}," for item in inner) + "\n)"
-    return repr(value)
+    return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
 def _indented(text: str) -> str:

@@ -16,19 +16,26 @@ import isobit
 
 ROOT = Path(isobit.__file__).parent
 _BLOCK = re.compile(
-    r"(?:^<!-- not run: (?P<reason>.+) -->\n+)?^```(?P<language>\w*)\n(?P<text>.*?)^```$",
+    r"(?:^<!-- (?:not run: (?P<reason>.+)|file: (?P<file>\S+)) -->\n+)?"
+    r"^```(?P<language>\w*)\n(?P<text>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. ``line`` is where its text begins; ``skip`` is why it is not run."""
+    """A fenced block.
+
+    line: where its text begins
+    skip: why it is not run
+    file: the path of the file that it shows; such a file is run by its page's own test
+    """
 
     language: str
     text: str
     line: int
     skip: str | None
+    file: str | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Page:
         for match in _BLOCK.finditer(self.text):
             if match["language"] in languages:
                 line = self.text.count("\n", 0, match.start("text")) + 1
-                yield Block(match["language"], match["text"], line, match["reason"])
+                skip, file = match["reason"], match["file"]
+                yield Block(match["language"], match["text"], line, skip, file)
 
 
 def all_pages() -> list[Page]:

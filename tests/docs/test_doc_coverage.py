@@ -11,9 +11,18 @@ from typing import Any
 
 import pytest
 
-from isobit.backends.capabilities import FEATURES, BackendSpec, Capabilities, Refusal
+from isobit.backends.base import AttentionBackend, AttentionConfig, Batch, LayerCache
+from isobit.backends.capabilities import (
+    FEATURES,
+    BackendSpec,
+    Capabilities,
+    Refusal,
+    Requirements,
+)
 from isobit.core.config import EngineConfig
 from isobit.plugins import hookspecs
+from isobit.plugins.conformance.registry import CHECKS
+from isobit.plugins.conformance.values import KINDS
 from isobit.sampling.params import SamplingParams
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -28,6 +37,15 @@ def hook_signatures() -> list[str]:
         f"{name}({', '.join(inspect.signature(function).parameters)})"
         for name, function in hooks
         if name.startswith("isobit_")
+    ]
+
+
+def method_signatures(cls: type) -> list[str]:
+    """Every method of a class as the documentation must spell it: ``plan(batch)``."""
+    return [
+        f"{name}({', '.join([*inspect.signature(method).parameters][1:])})"
+        for name, method in inspect.getmembers(cls, inspect.isfunction)
+        if name == "__init__" or not name.startswith("_")
     ]
 
 
@@ -58,10 +76,30 @@ def broken_links(page: Any) -> list[str]:
     return broken
 
 
-@pytest.mark.parametrize("cls", [EngineConfig, SamplingParams, Capabilities, BackendSpec, Refusal])
+CONTRACT = (
+    AttentionConfig,
+    Batch,
+    BackendSpec,
+    Capabilities,
+    LayerCache,
+    Refusal,
+    Requirements,
+)
+
+
+@pytest.mark.parametrize("cls", [EngineConfig, SamplingParams, *CONTRACT])
 def test_every_field_is_documented(cls: Any, pages: list[Any]) -> None:
     text = "\n".join(page.text for page in pages)
-    assert unmentioned([field.name for field in fields(cls)], text) == []
+    assert unmentioned([f"`{field.name}`" for field in fields(cls)], text) == []
+
+
+def test_every_call_check_and_kind_of_values_is_in_the_guide(pages: list[Any]) -> None:
+    guide = next(page.text for page in pages if page.name == "docs/plugins.md")
+    calls = method_signatures(AttentionBackend)
+    assert {"plan(batch)", "replay(plan, batch)"} <= set(calls)
+    checks = [f"| `{check.name}` |" for check in CHECKS]
+    kinds = [f"`{kind}`" for kind in KINDS]
+    assert unmentioned([f"`{call}`" for call in calls] + checks + kinds, guide) == []
 
 
 def test_every_feature_and_hook_is_documented(pages: list[Any]) -> None:
@@ -72,8 +110,9 @@ def test_every_feature_and_hook_is_documented(pages: list[Any]) -> None:
 
 def test_an_undocumented_name_is_caught(pages: list[Any]) -> None:
     text = "\n".join(page.text for page in pages)
-    names = ["page_size", "page_siz", "isobit_check(config)"]
-    assert unmentioned(names, text) == ["page_siz", "isobit_check(config)"]
+    missing = ["`page_siz`", "isobit_check(config)", "`plan()`", "| `chunks` |"]
+    known = ["`page_size`", "isobit_check(config, spec)", "`plan(batch)`", "| `chunk` |"]
+    assert unmentioned([*missing, *known], text) == missing
 
 
 def test_links_lead_somewhere(page: Any) -> None:

@@ -20,11 +20,14 @@ ROOT = Path(isobit.__file__).parent
 MAX_SKIPPED = 2
 """Blocks in all pages that may be marked ``<!-- not run: reason -->``."""
 
+FILES_RUN_IN = {"docs/plugins.md": "test_plugin_guide.py"}
+"""Pages that show files, ``<!-- file: path -->``, and the test that puts these together."""
+
 
 def run_python(page: Any) -> int:
     """Run a page's Python blocks in one namespace; how many ran."""
     namespace: dict[str, Any] = {"__name__": f"page {page.name}"}
-    blocks = [block for block in page.blocks("python") if block.skip is None]
+    blocks = [b for b in page.blocks("python") if b.skip is None and b.file is None]
     for block in blocks:
         # Blank lines first, so that a traceback has the page's own line numbers.
         source = "\n" * (block.line - 1) + block.text
@@ -32,8 +35,8 @@ def run_python(page: Any) -> int:
     return len(blocks)
 
 
-def skipped_python(page: Any) -> int:
-    return sum(block.skip is not None for block in page.blocks("python"))
+def not_run_here(page: Any) -> int:
+    return sum(b.skip is not None or b.file is not None for b in page.blocks("python"))
 
 
 def command_lines(text: str) -> Iterator[list[str]]:
@@ -94,7 +97,7 @@ def parse(args: list[str]) -> None:
 
 def test_python_blocks_run(page: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    assert run_python(page) == page.text.count("\n```python\n") - skipped_python(page)
+    assert run_python(page) == page.text.count("\n```python\n") - not_run_here(page)
 
 
 def test_a_broken_python_block_is_caught(page: Any) -> None:
@@ -137,10 +140,16 @@ def test_output_is_shown_only_where_it_is_generated(page: Any) -> None:
 
 
 def test_every_fence_is_a_kind_that_is_tested(page: Any) -> None:
-    known = {"python", "console", "bash", "sh", "shell", "json", "text", "toml", "http", "mermaid"}
+    known = {"python", "console", "bash", "sh", "shell", "json", "text", "toml", "diff", "http"}
+    known |= {"mermaid"}
     fences = re.findall(r"^```(\S*)$", page.text, re.MULTILINE)
     assert set(fences[::2]) <= known, f"{page.name}: name the language of every block"
     assert set(fences[1::2]) <= {""}
+
+
+def test_files_are_shown_only_where_a_test_runs_them(page: Any) -> None:
+    if "<!-- file:" in page.text:
+        assert (Path(__file__).parent / FILES_RUN_IN[page.name]).exists()
 
 
 def test_few_blocks_are_not_run(pages: list[Any]) -> None:
