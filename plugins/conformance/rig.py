@@ -168,7 +168,8 @@ class _Graph:
         g = rig._geometry
         zeros = [torch.zeros(num_seqs, h, g.head_dim) for h in (g.num_q_heads, g.num_kv_heads)]
         self._rows = [
-            Rows(*(zeros[i].to(_dtype(g)).to(rig._device) for i in (0, 1, 1))) for _ in rig._values
+            Rows(*(zeros[i].to(rig._device, _dtype(g), copy=True) for i in (0, 1, 1)))
+            for _ in rig._values
         ]
         self._out = rig._fresh_out(num_seqs)[:num_seqs]
         if rig._device.type == "cuda":
