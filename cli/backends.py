@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import click
 
-from .options import engine_kwargs, engine_options, user_errors
+from .options import engine_kwargs, engine_options, set_threads, user_errors
+from .prove import prove_all
 
 
 @click.command("backends")
@@ -15,17 +17,25 @@ from .options import engine_kwargs, engine_options, user_errors
 @click.option(
     "--explain", is_flag=True, help="Judge each backend for this model and these options."
 )
+@click.option(
+    "--prove", is_flag=True, help="Try everything that the backends which run here declare."
+)
+@click.option("--quick", is_flag=True, help="With --prove: shorter sequences, fewer values.")
 @click.option("--json", "as_json", is_flag=True, help="The rows as JSON.")
 @user_errors
-def command(explain: bool, as_json: bool, **options: Any) -> None:
+def command(explain: bool, prove: bool, quick: bool, as_json: bool, **options: Any) -> None:
     """Print what every installed attention backend declares.
 
     With --explain, what holds for the given model and options: every refusal of every backend, and
-    which one would be taken.
+    which one would be taken. With --prove, every backend that can run on this machine goes through
+    the conformance suite, and what it declares stands beside what was proved; exit status 1 where
+    anything fails.
 
     Example: isobit backends --explain --model smollm2 --cuda-graph
     """
-    options.pop("threads")
+    set_threads(options.pop("threads"))
+    if quick and not prove:
+        raise click.UsageError("--quick is for --prove; add it.")
     from ..backends.table import matrix_rows, text_table
     from ..plugins.manager import PluginHost
 
@@ -34,14 +44,22 @@ def command(explain: bool, as_json: bool, **options: Any) -> None:
     requirements = _requirements(kwargs) if explain else None
     rows = matrix_rows(host, requirements)
     taken = _taken(kwargs["attention_backend"], requirements, host) if requirements else None
+    proofs, told = prove_all(host, quick=quick) if prove else ([], [])
     if as_json:
-        click.echo(json.dumps({"backends": rows, "problems": host.problems(), "taken": taken}))
-        return
-    click.echo(text_table(rows))
-    if taken is not None:
-        click.echo(f"\n{taken}")
+        found = {"backends": rows, "problems": host.problems(), "taken": taken}
+        click.echo(json.dumps(found | {"proofs": [proof.as_dict() for proof in proofs]}))
+    else:
+        click.echo(text_table(rows))
+        click.echo("".join(f"\n{part}\n" for part in (taken, _proved(proofs), *told) if part))
     for problem in host.problems():
         click.echo(f"problem: {problem}", err=True)
+    sys.exit(0 if all(proof.holds for proof in proofs) else 1)
+
+
+def _proved(proofs: list[Any]) -> str:
+    from ..plugins.conformance.text import proof_table, verdict
+
+    return "\n\n".join(f"{proof_table(proof)}\n{verdict(proof)}" for proof in proofs)
 
 
 def _requirements(kwargs: dict[str, Any]) -> Any:

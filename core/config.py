@@ -12,6 +12,9 @@ from ..sampling.strict import refuse_unknown
 
 Toggle = bool | Literal["auto"]
 
+DEVICES = ("cpu",)
+"""Device types that the engine runs on."""
+
 _MEMORY_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -77,7 +80,7 @@ class EngineConfig:
         for name in ("deterministic", "strict_plugins"):
             _one_of(name, getattr(self, name), (True, False))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _one_of("device", self.device, ("cpu",))
+        _one_of("device", self.device, DEVICES)
         _one_of("load_format", self.load_format, ("auto", "random"))
         _one_of("kernels", self.kernels, ("auto", "native", "torch", "library"))
         for name in ("chunked_prefill", "radix_cache", "cuda_graph"):

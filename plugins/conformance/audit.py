@@ -1,4 +1,4 @@
-"""Looks for writes where the contract allows none: other slots, the arguments, rows past ``out``."""
+"""Looks for writes where none is allowed: other slots, the arguments, rows past ``out``."""
 
 from __future__ import annotations
 
@@ -46,13 +46,11 @@ class Audit:
     def _check_pages(self, name: str, was: Tensor, now: Tensor) -> None:
         changed = (bits(was) != bits(now)).flatten(1).any(1)
         changed[0] = False  # the null page is nobody's
-        pages = (self._slots // self._page_size).unique()
+        pages = torch.unique(self._slots // self._page_size)
         changed[pages] = False
         if changed.any():
             page = int(changed.nonzero()[0])
-            raise BackendError(
-                f"run() wrote to page {page} of {name}, which the step has no slot in"
-            )
+            raise BackendError(f"run() wrote to page {page} of {name}, where the step has no slot")
         if now.dim() == 4 and now.shape[1] == self._page_size:
             slots = (bits(was) != bits(now)).flatten(0, 1).flatten(1).any(1)
             slots[: self._page_size] = False

@@ -1,4 +1,4 @@
-"""A check: a promise of the contract or of a declaration, and what is run to see whether it holds."""
+"""A check: a promise of the contract or of a declaration, and what is run to judge it."""
 
 from __future__ import annotations
 
@@ -49,6 +49,7 @@ class Check:
     cells: the declarations that it is evidence for
     gate:  why it does not apply to a backend, or ``None`` where it does
     run:   its findings, the smallest trial first
+    elsewhere: why it cannot be run on this device, or ``None``
     """
 
     name: str
@@ -56,6 +57,7 @@ class Check:
     cells: tuple[str, ...]
     gate: Gate
     run: Callable[[Context], Iterator[Finding]]
+    elsewhere: Gate = lambda corners: None
 
 
 def trial_check(

@@ -12,7 +12,7 @@ from .scenario import Geometry
 
 _ANY_HEAD_DIM = (16, 32, 64, 80, 96, 128, 192, 256)
 _ANY_PAGE_SIZE = (1, 7, 16, 32, 64, 128, 256)
-_MOST_VALUES = 32
+_MOST_VALUES = {"cpu": 256, "cuda": 32}  # where each value compiles a kernel, fewer are tried
 _DTYPES = ("float32", "bfloat16", "float16")
 _EDGES = (16, 32, 64, 128, 256, 512, 1024)
 GQA_RATIOS = tuple(range(1, 17))
@@ -88,6 +88,18 @@ class Corners:
         cell = self.capabilities.cell(feature)
         return f"{feature}: {cell.reason}" if isinstance(cell, Unsupported) else None
 
+    def tried(self, name: str) -> str:
+        """How many of the declared values of ``head_dims`` or ``page_sizes`` are tried, if not all.
+
+        Of a backend that takes any value, some are tried.
+        """
+        any_value = getattr(self.capabilities, name) is None
+        where_any = _ANY_HEAD_DIM if name == "head_dims" else _ANY_PAGE_SIZE
+        declared, tried = self._declared(name, where_any), self._sampled(name, where_any)
+        if not any_value and len(tried) == len(declared):
+            return ""
+        return f"{', '.join(map(str, tried))} tried"
+
     def _declared(self, name: str, where_any: tuple[int, ...]) -> list[int]:
         declared: AbstractSet[int] | None = getattr(self.capabilities, name)
         return sorted(where_any if declared is None else declared)
@@ -95,7 +107,7 @@ class Corners:
     def _sampled(self, name: str, where_any: tuple[int, ...]) -> list[int]:
         """All declared values, or where they are many some from end to end."""
         values = self._declared(name, where_any)
-        most = 4 if self.quick else _MOST_VALUES
+        most = 4 if self.quick else _MOST_VALUES[self.device]
         if len(values) <= most:
             return values
         last = len(values) - 1

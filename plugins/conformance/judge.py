@@ -20,7 +20,7 @@ _EDGES = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """The first row that is wrong: which, and how. ``sequence`` is -1 where nothing was computed."""
+    """The first row that is wrong, and how; ``sequence`` is -1 where nothing was computed."""
 
     sequence: int
     position: int
@@ -137,7 +137,7 @@ def _smaller(trial: Trial, difference: Difference) -> list[Trial]:
 
 
 def _without_positions(trial: Trial, index: int, keep: int) -> Trial:
-    """The trial with only the first ``keep`` positions of one sequence; with 0 it is not computed."""
+    """The trial with only the first ``keep`` positions of one sequence; 0 leaves it out."""
 
     def cut(run: Run) -> Run:
         steps = []

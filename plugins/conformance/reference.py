@@ -29,7 +29,8 @@ def attend(rows: Rows, positions: Tensor, geometry: Geometry) -> Expected:
     and of an fp32 sum over them; and what an error of a score, of a few fp32 roundings over its
     products, does to its weight.
     """
-    parts = [_block(rows, part, geometry) for part in positions.split(_BLOCK)]
+    blocks = [positions[i : i + _BLOCK] for i in range(0, len(positions), _BLOCK)]
+    parts = [_block(rows, part, geometry) for part in blocks]
     return Expected(
         torch.cat([part.out for part in parts]), torch.cat([part.bound for part in parts])
     )

@@ -6,6 +6,7 @@ Everything that a failure needs to be repeated is in a ``Trial``; its values are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ...errors import ConfigError
 
@@ -107,7 +108,7 @@ def whole(sequence: int, length: int) -> tuple[Piece, ...]:
 def chunks(sequence: int, length: int, cuts: tuple[int, ...]) -> tuple[Piece, ...]:
     """A prefill cut at each of ``cuts`` that lies inside the sequence."""
     edges = [0, *sorted({cut for cut in cuts if 0 < cut < length}), length]
-    return tuple(Piece(sequence, a, b) for a, b in zip(edges, edges[1:], strict=False))
+    return tuple(Piece(sequence, a, b) for a, b in pairwise(edges))
 
 
 def then_decode(sequence: int, prefill: int, length: int) -> tuple[Piece, ...]:

@@ -1,0 +1,90 @@
+"""Runs the checks on one backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from .check import Check, Context, Finding
+from .corners import Corners
+from .judge import Judge
+from .registry import CHECKS
+from .subject import Subject
+from .waivers import check_waivers, known_check
+
+Status = Literal["passed", "failed", "waived", "not declared", "not here"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one check gave.
+
+    findings: its trials; none unless it ran
+    reason:   why it did not run, or what failed
+    snippet:  a program that repeats the failure, where there is one
+    """
+
+    check: Check
+    status: Status
+    findings: tuple[Finding, ...] = ()
+    reason: str = ""
+    snippet: str = ""
+    seconds: float = 0.0
+
+    @property
+    def cells(self) -> set[str]:
+        """The declarations that it speaks of; of a failed check, those of the trial that failed."""
+        failed = {cell for finding in self.findings if finding.failure for cell in finding.cells}
+        tried = {cell for finding in self.findings for cell in finding.cells}
+        return failed or tried | set(self.check.cells)
+
+
+def run_check(check: Check, context: Context, waivers: Mapping[str, str]) -> Outcome:
+    """Run one check, or say why it is not run."""
+    waiver = waivers.get(check.name)
+    if waiver is not None:
+        return Outcome(check, "waived", reason=waiver)
+    undeclared = check.gate(context.corners)
+    if undeclared is not None:
+        return Outcome(check, "not declared", reason=undeclared)
+    elsewhere = check.elsewhere(context.corners)
+    if elsewhere is not None:
+        return Outcome(check, "not here", reason=elsewhere)
+    began = time.perf_counter()
+    findings = tuple(check.run(context))
+    failed = next((finding for finding in findings if finding.failure), None)
+    if not findings:
+        return Outcome(check, "failed", reason="nothing was tried, so nothing is proved")
+    return Outcome(
+        check,
+        "passed" if failed is None else "failed",
+        findings,
+        "" if failed is None else f"{failed.label}: {failed.failure}",
+        "" if failed is None else failed.snippet,
+        time.perf_counter() - began,
+    )
+
+
+def run_suite(
+    context: Context, *, waivers: Mapping[str, str] | None = None, only: Iterable[str] = ()
+) -> Iterator[Outcome]:
+    """The outcome of every check, as it comes.
+
+    :param waivers: checks that are not run, each with the reason, which the report shows.
+    :param only: names of the checks to run; empty for all.
+    :raises ConfigError: a check that does not exist, or a waiver without a reason.
+    """
+    waivers = check_waivers(waivers or {})
+    chosen = [known_check(name) for name in only] or CHECKS
+    for check in chosen:
+        yield run_check(check, context, waivers)
+
+
+def make_context(subject: Subject, device: str, *, quick: bool) -> Context:
+    """What the checks of one backend share.
+
+    :param quick: shorter sequences and fewer values.
+    """
+    return Context(subject, Corners(subject.spec, device, quick), Judge(subject.factory))
