@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -73,6 +74,8 @@ def _against_bits(found: Outputs, against: Outputs) -> Difference | None:
 def _against_reference(trial: Trial, found: Outputs) -> Difference | None:
     values = all_rows(trial.sequences, trial.geometry)
     for index, (rows, mine) in enumerate(zip(values, found.rows, strict=True)):
+        if not found.computed[index].any():
+            continue
         positions = _chosen(found.computed[index]).to(mine.device)
         expected = attend(rows, positions, trial.geometry)
         error = (mine[positions].double() - expected.out).abs()
@@ -127,6 +130,10 @@ def _smaller(trial: Trial, difference: Difference) -> list[Trial]:
     last = difference.position + 1
     if difference.sequence >= 0 and last < trial.sequences[difference.sequence].length:
         found.append(_without_positions(trial, difference.sequence, last))
+    others = [i for i in range(len(trial.sequences)) if i != difference.sequence]
+    for dropped in (others, others[len(others) // 2 :], others[: len(others) // 2]):
+        if len(dropped) > 1:
+            found.append(reduce(lambda t, i: _without_positions(t, i, 0), dropped, trial))
     for index in range(len(trial.sequences)):
         if index == difference.sequence and len(trial.sequences) > 1:
             continue

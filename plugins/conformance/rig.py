@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
+from contextlib import nullcontext
 from itertools import accumulate
 from random import Random
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ...backends.base import AttentionBackend, AttentionConfig, Batch, LayerCache
 from .audit import Audit
+from .generators import untouched_generators
 from .graphs import Recorded, record
 from .scenario import Geometry, Piece, Run, Sequence, Step
 from .values import Rows, all_rows
@@ -47,9 +49,11 @@ def execute(
 ) -> Outputs:
     """Compute the run on a fresh backend and a fresh cache.
 
-    :raises BackendError: the backend wrote where nothing may be written, or broke a graph's rules.
+    :raises BackendError: the backend wrote where nothing may be written, broke a graph's rules,
+        or touched a global generator.
     """
-    with torch.inference_mode():
+    watch = untouched_generators() if run.generators else nullcontext()
+    with torch.inference_mode(), watch:
         rig = _Rig(factory, geometry, sequences, run)
         outputs = Outputs(sequences, geometry)
         for step in run.steps:

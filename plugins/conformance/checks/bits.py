@@ -79,7 +79,7 @@ def _batch(corners: Corners) -> Iterator[Trial]:
 
 def _rerun(corners: Corners) -> Iterator[Trial]:
     for geometry in _variants(corners):
-        lengths = [5, 70, corners.longest // 4]
+        lengths = [5, 70, corners.longest // 2]
         pieces = [then_decode(i, n, n + 3) for i, n in enumerate(lengths)]
         run = Run(steps=together(*pieces))
         for attempt in range(2):

@@ -128,13 +128,12 @@ class RightAttention(AttentionBackend):
     def attend(self, q: Tensor, layer: LayerCache, plan: Plan, rows: slice) -> Tensor:
         """What ``out`` gets for some rows, ``[R, q_heads, head_dim]`` in its dtype."""
         grouped = self.exact(self.grouped(q.float()))
-        tile, split = self.tile_length(plan, rows), self.split_length(plan, rows)
+        tile, longest = self.tile_length(plan, rows), max(plan.walked[rows])
         parts = []
-        for start in range(0, max(plan.walked[rows]), split):
+        for split in self.splits(plan, rows):
             part = self.empty(grouped)
-            stop = min(start + split, max(plan.walked[rows]))
-            for first in range(start, stop, tile):
-                at = torch.arange(first, min(first + tile, start + split), device=q.device)
+            for first in range(split.start, min(split.stop, longest), tile):
+                at = torch.arange(first, min(first + tile, split.stop), device=q.device)
                 part = self.add_tile(part, grouped, at, layer, plan, rows)
             parts.append(part)
         merged = self.merge(parts)
@@ -144,8 +143,9 @@ class RightAttention(AttentionBackend):
     def tile_length(self, plan: Plan, rows: slice) -> int:
         return self.TILE
 
-    def split_length(self, plan: Plan, rows: slice) -> int:
-        return self.SPLIT
+    def splits(self, plan: Plan, rows: slice) -> list[range]:
+        """The positions of each split, up to the longest of the rows."""
+        return cut(max(plan.walked[rows]), self.SPLIT)
 
     def grouped(self, q: Tensor) -> Tensor:
         """``[R, q_heads, D]`` as ``[D, G, R, H]``: query head ``h`` reads KV head ``h // G``."""
@@ -176,11 +176,11 @@ class RightAttention(AttentionBackend):
         weights = self.weights(scores, maximum)
         old = exp_f32(state.maximum - maximum)
         v = self.visible_values(v, visible)
-        products = weights.transpose(0, 1)[..., None] * v[:, None]
+        by_position = weights.transpose(0, 1)
         return State(
             maximum,
-            state.total * old + pairwise_sum(weights.transpose(0, 1)),
-            state.values * old[..., None] + pairwise_sum(products),
+            state.total * old + pairwise_sum(by_position),
+            state.values * old[..., None] + pairwise_sum(by_position[..., None] * v[:, None]),
         )
 
     def locate(self, at: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -208,9 +208,8 @@ class RightAttention(AttentionBackend):
 
     def scores(self, q: Tensor, k: Tensor, visible: Tensor) -> Tensor:
         """fp32 ``[G, tile, R, H]``; minus infinity where a row does not see the position."""
-        by_channel = k.permute(3, 0, 1, 2).contiguous()
-        scaled = self.scaled(pairwise_sum(q[:, :, None] * by_channel[:, None]))
-        return torch.where(visible[None, :, :, None], self.capped(scaled), -torch.inf)
+        capped = self.capped(self.scaled(products(q, k)))
+        return torch.where(visible[None, :, :, None], capped, -torch.inf)
 
     def scaled(self, scores: Tensor) -> Tensor:
         return scores * self.config.scale
@@ -245,6 +244,17 @@ class RightAttention(AttentionBackend):
             one.total * a + other.total * b,
             one.values * a[..., None] + other.values * b[..., None],
         )
+
+
+def cut(length: int, size: int) -> list[range]:
+    """The positions below ``length`` in splits of ``size``; the last one is whole too."""
+    return [range(start, start + size) for start in range(0, length, size)]
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """``q . k`` for q ``[D, G, R, H]`` and k ``[tile, R, H, D]``: ``[G, tile, R, H]``."""
+    by_channel = k.permute(3, 0, 1, 2).contiguous()
+    return pairwise_sum(q[:, :, None] * by_channel[:, None])
 
 
 def pairwise_sum(x: Tensor) -> Tensor:
