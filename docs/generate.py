@@ -23,6 +23,7 @@ from isobit.backends.capabilities import FEATURES, BackendSpec, Capabilities
 from isobit.backends.table import markdown_table, matrix_rows
 from isobit.cli.main import main as cli
 from isobit.core.config import EngineConfig
+from isobit.plugins.conformance.mutants.catalogue import MUTANTS
 from isobit.plugins.discovery import BUILT_IN, discover
 from isobit.plugins.manager import PluginHost
 from isobit.sampling.params import SamplingParams
@@ -66,6 +67,12 @@ def console(line: str) -> str:
 
 def features() -> str:
     return _table(("feature", "meaning"), [(f"`{name}`", text) for name, text in FEATURES.items()])
+
+
+def mutants() -> str:
+    """The backends that the conformance suite must fail."""
+    rows = [(f"`{m.name}`", m.fault, ", ".join(m.caught_by)) for m in MUTANTS]
+    return _table(("mutant", "what is wrong", "caught by"), rows)
 
 
 def fields_of(cls: type) -> Callable[[], str]:
@@ -125,6 +132,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "capabilities": fields_of(Capabilities),
     "backend-spec": fields_of(BackendSpec),
     "features": features,
+    "mutants": mutants,
 }
 
 

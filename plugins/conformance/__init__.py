@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .repeat import repeat
+    from .again import repeat
     from .scenario import Geometry, Piece, Run, Sequence, Trial
 
 __all__ = ["Geometry", "Piece", "Run", "Sequence", "Trial", "repeat"]
@@ -19,5 +19,5 @@ __all__ = ["Geometry", "Piece", "Run", "Sequence", "Trial", "repeat"]
 def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(f".{'repeat' if name == 'repeat' else 'scenario'}", __name__)
+    module = importlib.import_module(f".{'again' if name == 'repeat' else 'scenario'}", __name__)
     return getattr(module, name)

@@ -89,7 +89,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("splits:CompletionOrder", "rerun"),
     _mutant("splits:DecodeApart", "prefix", "decode"),
     _mutant("splits:TunedByFirstCall", "batch"),
-    _mutant("splits:StalePartials", "batch"),
+    _mutant("splits:StalePartials", "reference"),
     _mutant("pages:NeighboursPages", "reference"),
     _mutant("pages:StaleLastPage", "reference"),
     _mutant("pages:TailNotCleared", "unwritten"),

@@ -45,7 +45,8 @@ class HeadsInterleaved(RightAttention):
     """Query head h reads KV head h % H, not h // G. Seen where K is tiled, not repeated."""
 
     def grouped(self, q: Tensor) -> Tensor:
-        return q.unflatten(1, (-1, self.config.num_kv_heads)).permute(3, 1, 0, 2).contiguous()
+        grouped = q.view(len(q), -1, self.config.num_kv_heads, q.shape[-1])
+        return grouped.permute(3, 1, 0, 2).contiguous()
 
     def ungrouped(self, values: Tensor) -> Tensor:
         return values.permute(1, 0, 2, 3).flatten(1, 2)

@@ -71,7 +71,7 @@ class PaddingWritten(RightAttention):
 
 
 class PastTheEnd(RightAttention):
-    """``out`` is filled to a multiple of four rows. Seen where a tile of rows is stored unmasked."""
+    """``out`` is filled to a multiple of four rows. Seen where tiles of rows are not masked."""
 
     def store(self, result: Tensor, rows: slice, out: Tensor) -> None:
         super().store(result, rows, out)

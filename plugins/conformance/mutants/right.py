@@ -2,12 +2,12 @@
 
 It is slow and easy to read. The mutants beside it override one method or constant each.
 
-Contract: the row at position ``p`` walks the positions ``0 … p`` in tiles of ``TILE``, grouped into
-splits of ``SPLIT``, both aligned at absolute positions. A tile's scores are added over the channels
-by ``pairwise_sum``; its weights, and its weighted values, over the positions by the same. Tiles join
-their split by the online softmax in ascending order, and so do splits the row. Only elementwise
-operations are used, so a row's bits depend on its query and its positions ``0 … p`` alone, on any
-device. A tile past a row's own position changes nothing: it adds zeros, times one.
+Contract: the row at position ``p`` walks the positions ``0 … p`` in tiles of ``TILE``, grouped
+into splits of ``SPLIT``, both aligned at absolute positions. A tile's scores are added over the
+channels by ``pairwise_sum``; its weights, and its weighted values, over the positions by the same.
+Tiles join their split by the online softmax in ascending order, and so do splits the row. Only
+elementwise operations are used, so a row's bits depend on its query and its positions ``0 … p``
+alone, on any device. A tile past a row's own position changes nothing: it adds zeros, times one.
 """
 
 from __future__ import annotations
@@ -149,7 +149,8 @@ class RightAttention(AttentionBackend):
 
     def grouped(self, q: Tensor) -> Tensor:
         """``[R, q_heads, D]`` as ``[D, G, R, H]``: query head ``h`` reads KV head ``h // G``."""
-        return q.unflatten(1, (self.config.num_kv_heads, -1)).permute(3, 2, 0, 1).contiguous()
+        grouped = q.view(len(q), self.config.num_kv_heads, -1, q.shape[-1])
+        return grouped.permute(3, 2, 0, 1).contiguous()
 
     def ungrouped(self, values: Tensor) -> Tensor:
         """``[G, R, H, D]`` as ``[R, q_heads, D]``."""
@@ -197,10 +198,10 @@ class RightAttention(AttentionBackend):
 
     def gather(self, layer: LayerCache, slots: Tensor) -> tuple[Tensor, Tensor]:
         """K and V at the slots, fp32 ``[tile, R, H, D]``."""
-        flat = slots.flatten()
-        k = layer.k.flatten(0, 1).index_select(0, flat).float().unflatten(0, slots.shape)
-        v = layer.v.flatten(0, 1).index_select(0, flat).float().unflatten(0, slots.shape)
-        return k, v
+        flat, shape = slots.flatten(), (*slots.shape, *layer.k.shape[2:])
+        k = layer.k.flatten(0, 1).index_select(0, flat).view(shape)
+        v = layer.v.flatten(0, 1).index_select(0, flat).view(shape)
+        return k.float(), v.float()
 
     def exact(self, operand: Tensor) -> Tensor:
         """What a score's operand is rounded to: nothing."""

@@ -1,4 +1,4 @@
-"""Wrong orders of addition: the result is attention, and its bits depend on what they should not."""
+"""Wrong orders of addition: it is attention, and its bits depend on what they should not."""
 
 from __future__ import annotations
 
