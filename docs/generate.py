@@ -71,8 +71,8 @@ def features() -> str:
 
 def mutants() -> str:
     """The backends that the conformance suite must fail."""
-    rows = [(f"`{m.name}`", m.fault, ", ".join(m.caught_by)) for m in MUTANTS]
-    return _table(("mutant", "what is wrong", "caught by"), rows)
+    rows = [(f"`{m.name}`", m.fault, m.seen, ", ".join(m.caught_by)) for m in MUTANTS]
+    return _table(("mutant", "what is wrong", "seen", "caught by"), rows)
 
 
 def fields_of(cls: type) -> Callable[[], str]:

@@ -30,8 +30,18 @@ class Mutant:
     @property
     def fault(self) -> str:
         """What is wrong, in a sentence: its class's docstring begins with it."""
-        said = " ".join((load_factory(self.spec).__doc__ or "").split())
-        return said.partition(" Seen where")[0]
+        return self._said[0]
+
+    @property
+    def seen(self) -> str:
+        """Where such a fault comes from: the docstring's second sentence."""
+        return self._said[1]
+
+    @property
+    def _said(self) -> tuple[str, str]:
+        text = " ".join((load_factory(self.spec).__doc__ or "").split())
+        fault, _, rest = text.partition(" Seen ")
+        return fault, rest.partition(".")[0]
 
 
 def _capabilities(
