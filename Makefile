@@ -6,13 +6,20 @@ PIP := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
 TORCH := torch==2.13.0
 SOURCES := pyproject.toml setup.py $(wildcard kernels/native/*.c kernels/native/*.h)
 
-.PHONY: demo test lint docs wheel clean
+.PHONY: demo test examples lint docs wheel clean
 
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python examples/demo.py
 
 test: $(VENV)/test.stamp
 	$(VENV)/bin/pytest
+
+# The example backends are installed beside the environment, so that they are there only here.
+examples: $(VENV)/test.stamp
+	$(PIP) --no-deps --upgrade --target $(VENV)/examples examples/minimal_backend examples/sdpa_backend
+	PYTHONPATH=$(VENV)/examples $(VENV)/bin/pytest examples
+	PYTHONPATH=$(VENV)/examples $(VENV)/bin/isobit plugins test minimal --quick
+	PYTHONPATH=$(VENV)/examples $(VENV)/bin/isobit plugins test sdpa --quick
 
 lint: $(VENV)/test.stamp
 	$(VENV)/bin/ruff format --check .

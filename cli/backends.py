@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
 from .options import engine_kwargs, engine_options, set_threads, user_errors
 from .prove import prove_all
+from .report import check_report, command_line, report_option, write_report
 
 
 @click.command("backends")
@@ -21,9 +23,17 @@ from .prove import prove_all
     "--prove", is_flag=True, help="Try everything that the backends which run here declare."
 )
 @click.option("--quick", is_flag=True, help="With --prove: shorter sequences, fewer values.")
+@report_option
 @click.option("--json", "as_json", is_flag=True, help="The rows as JSON.")
 @user_errors
-def command(explain: bool, prove: bool, quick: bool, as_json: bool, **options: Any) -> None:
+def command(
+    explain: bool,
+    prove: bool,
+    quick: bool,
+    report: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Print what every installed attention backend declares.
 
     With --explain, what holds for the given model and options: every refusal of every backend, and
@@ -36,6 +46,7 @@ def command(explain: bool, prove: bool, quick: bool, as_json: bool, **options: A
     set_threads(options.pop("threads"))
     if quick and not prove:
         raise click.UsageError("--quick is for --prove; add it.")
+    check_report(report)
     from ..backends.table import matrix_rows, text_table
     from ..plugins.manager import PluginHost
 
@@ -49,10 +60,15 @@ def command(explain: bool, prove: bool, quick: bool, as_json: bool, **options: A
         found = {"backends": rows, "problems": host.problems(), "taken": taken}
         click.echo(json.dumps(found | {"proofs": [proof.as_dict() for proof in proofs]}))
     else:
-        click.echo(text_table(rows))
-        click.echo("".join(f"\n{part}\n" for part in (taken, _proved(proofs), *told) if part))
+        parts = (text_table(rows), taken, _proved(proofs), *told)
+        click.echo("\n\n".join(part for part in parts if part))
     for problem in host.problems():
         click.echo(f"problem: {problem}", err=True)
+    if report is not None:
+        from ..verify.page import matrix_page
+
+        records = [proof.as_dict() for proof in proofs]
+        write_report(report, matrix_page(rows, records, command=command_line()))
     sys.exit(0 if all(proof.holds for proof in proofs) else 1)
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .options import engine_kwargs, engine_options, set_threads, user_errors
+from .report import check_report, command_line, report_option, write_report
+
+if TYPE_CHECKING:
+    from ..verify.judge import Verdict
+    from ..verify.modes import ModeResult
 
 
 @click.command("verify")
@@ -25,6 +31,7 @@ from .options import engine_kwargs, engine_options, set_threads, user_errors
 @click.option("--max-new-tokens", type=int, default=None, help="Default: 24, or 8 with --quick.")
 @click.option("--quick", is_flag=True, help="Shorter prompts; under a minute on 2 cores.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a row.")
+@report_option
 @user_errors
 def command(
     test_mode: str,
@@ -34,6 +41,7 @@ def command(
     max_new_tokens: int | None,
     quick: bool,
     as_json: bool,
+    report: Path | None,
     **options: Any,
 ) -> None:
     """Run the proofs; exit status 1 when anything differs.
@@ -43,6 +51,7 @@ def command(
 
     Example: isobit verify --quick
     """
+    check_report(report)
     set_threads(options.pop("threads"))
     new_tokens = max_new_tokens if max_new_tokens is not None else (8 if quick else 24)
     kwargs = engine_kwargs(options)
@@ -56,15 +65,24 @@ def command(
         click.echo(str(llm.report) + "\n", err=True)
         if test_mode == "all":
             spec = RestartSpec(kwargs, torch.get_num_threads())
-            clean = _all(llm, spec, quick, new_tokens, temperature, as_json)
+            found: dict[str, Any] = {
+                "verdicts": _all(llm, spec, quick, new_tokens, temperature, as_json)
+            }
+            clean = all(verdict.holds for verdict in found["verdicts"])
         else:
-            clean = _mode(llm, test_mode, n_trials, n_start, new_tokens, temperature, as_json)
+            results = _mode(llm, test_mode, n_trials, n_start, new_tokens, temperature, as_json)
+            found = {"modes": results}
+            clean = all(result.unique <= 1 for result in results)
+        if report is not None:
+            from ..verify.page import verify_page
+
+            write_report(report, verify_page(llm.report, command=command_line(), **found))
     sys.exit(0 if clean else 1)
 
 
 def _all(
     llm: Any, spec: Any, quick: bool, new_tokens: int, temperature: float, as_json: bool
-) -> bool:
+) -> list[Verdict]:
     from ..verify.judge import judge_all
     from ..verify.table import table
     from ..verify.workload import make_cases, prompt_lengths
@@ -89,7 +107,7 @@ def _all(
             click.echo(f"{verdict.invariance} …", err=True)
     if not as_json:
         click.echo(table(verdicts))
-    return all(verdict.holds for verdict in verdicts)
+    return verdicts
 
 
 def _mode(
@@ -100,19 +118,19 @@ def _mode(
     new_tokens: int,
     temperature: float,
     as_json: bool,
-) -> bool:
+) -> list[ModeResult]:
     from ..sampling.params import SamplingParams
     from ..verify.modes import run_mode
 
     params = SamplingParams(
         temperature=temperature, max_tokens=new_tokens, ignore_eos=True, logprobs=2
     )
-    clean = True
+    results = []
     for result in run_mode(llm.engine, mode, n_trials, n_start, params):
-        clean &= result.unique <= 1
+        results.append(result)
         if as_json:
             row = {"label": result.label, "samples": result.samples, "unique": result.unique}
             click.echo(json.dumps(row))
         else:
             click.echo(str(result))
-    return clean
+    return results

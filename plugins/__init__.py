@@ -19,6 +19,7 @@ from .hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from ..backends.base import AttentionBackend, AttentionConfig, Batch, LayerCache
+    from ..kernels.threads import one_thread
 
 __all__ = [
     "API_VERSION",
@@ -34,15 +35,23 @@ __all__ = [
     "Supported",
     "Unsupported",
     "hookimpl",
+    "one_thread",
 ]
 
-_NEED_TORCH = {"AttentionBackend", "AttentionConfig", "Batch", "LayerCache"}
+_NEED_TORCH = {
+    "AttentionBackend": "..backends.base",
+    "AttentionConfig": "..backends.base",
+    "Batch": "..backends.base",
+    "LayerCache": "..backends.base",
+    "one_thread": "..kernels.threads",
+}
 
 
 def __getattr__(name: str) -> object:
-    if name not in _NEED_TORCH:
+    module = _NEED_TORCH.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("..backends.base", __name__), name)
+    return getattr(importlib.import_module(module, __name__), name)
 
 
 def __dir__() -> list[str]:

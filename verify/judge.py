@@ -13,7 +13,7 @@ import torch
 from ..core.engine import Engine
 from .drive import as_transcripts, drive_alone
 from .invariances import Proofs, Run
-from .locate import locate
+from .locate import Divergence, locate
 from .restart import RestartSpec, run_in_new_process
 from .transcript import Transcript, digest
 from .workload import Case
@@ -22,27 +22,50 @@ INVARIANCES = ("batch", "order", "chunk", "cache", "preempt", "score", "restart"
 
 
 @dataclass(frozen=True, slots=True)
+class RunResult:
+    """One run of a proof.
+
+    ``digest`` is over the run's own ``requests`` results; ``equal`` says whether each is what the
+    request gives alone, ``exercised`` whether what the proof is about took place in the run.
+    """
+
+    label: str
+    requests: int
+    digest: str
+    equal: bool
+    exercised: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class Verdict:
     """One row of the table.
 
     ``distinct`` counts the different results over all runs: 1 when the invariance holds.
-    ``failure`` says where the first two runs part; ``skipped`` why nothing could be run.
+    ``failure`` says where the first two runs part, ``divergence`` the same as data where their ops
+    could be traced; ``skipped`` why nothing could be run.
     """
 
     invariance: str
-    runs: int
+    results: tuple[RunResult, ...]
     distinct: int
     digest: str
     seconds: float
     failure: str | None = None
+    divergence: Divergence | None = None
     skipped: str | None = None
+
+    @property
+    def runs(self) -> int:
+        return len(self.results)
 
     @property
     def holds(self) -> bool:
         return self.failure is None
 
     def as_dict(self) -> dict[str, object]:
-        return asdict(self) | {"holds": self.holds}
+        """The row for JSON; of the divergence all but its grid, which may have 100,000 cells."""
+        row = asdict(self) | {"runs": self.runs, "holds": self.holds}
+        return row | {"divergence": self.divergence and self.divergence.as_dict()}
 
 
 def judge_all(
@@ -54,6 +77,10 @@ def judge_all(
         began = time.perf_counter()
         if name == "cache" and engine.scheduler.cache is None:
             yield _skipped(name, "the radix cache is off")
+        elif name == "chunk" and not engine.scheduler.config.chunked_prefill:
+            yield _skipped(name, "chunked prefill is off")
+        elif name == "score" and not engine.scheduler.config.decode_equals_prefill:
+            yield _skipped(name, "the backend does not promise that decoding equals a prefill")
         elif name == "restart":
             yield _judge_restart(proofs, restart, began)
         elif name == "rng":
@@ -64,55 +91,60 @@ def judge_all(
 
 def judge_runs(name: str, proofs: Proofs, runs: Iterator[Run], began: float) -> Verdict:
     """Execute runs and compare each with what its requests gave alone."""
-    results = {digest(proofs.baseline)}
+    distinct = {digest(proofs.baseline)}
+    results: list[RunResult] = []
     failure: str | None = None
-    count = 0
+    divergence: Divergence | None = None
     for run in runs:
         outputs = run.execute()
-        count += 1
         found = run.read(outputs)
-        differing = [
-            index
-            for index, (mine, expected) in enumerate(zip(found, run.expected, strict=True))
-            if mine != expected
-        ]
-        if differing:
-            results.add(digest(found))
-            failure = failure or _describe(proofs.engine, run, found, differing[0])
-        elif not run.exercised(outputs):
+        difference = _first_difference(found, run.expected)
+        equal, exercised = difference is None, run.exercised(outputs)
+        result = RunResult(run.label, len(found), digest(found), equal, exercised)
+        results.append(result)
+        if difference is not None:
+            distinct.add(result.digest)
+            if failure is None:
+                divergence = locate(proofs.engine, run, *difference)
+                failure = str(divergence)
+        elif not result.exercised:
             failure = failure or f"{run.label}: nothing was exercised, so nothing is proved"
     return Verdict(
-        name, count, len(results), digest(proofs.baseline), time.perf_counter() - began, failure
+        name,
+        tuple(results),
+        len(distinct),
+        digest(proofs.baseline),
+        time.perf_counter() - began,
+        failure,
+        divergence,
     )
 
 
-def _describe(engine: Engine, run: Run, found: Sequence[Transcript], index: int) -> str:
-    token = found[index].first_difference(run.expected[index]) or 0
-    reference = run.references[index]
-    where = locate(
-        engine,
-        lambda: drive_alone(engine, [reference]),
-        reference,
-        run.execute,
-        run.cases[index],
-        token,
-    )
-    return f"{run.label}: {run.cases[index].name}: token {token}; first differs in {where}"
+def _first_difference(
+    found: Sequence[Transcript], expected: Sequence[Transcript]
+) -> tuple[int, int] | None:
+    """The first request with another transcript, by its index, and the first token there."""
+    for index, (mine, theirs) in enumerate(zip(found, expected, strict=True)):
+        token = mine.first_difference(theirs)
+        if token is not None:
+            return index, token
+    return None
 
 
 def _judge_restart(proofs: Proofs, restart: RestartSpec | None, began: float) -> Verdict:
     if restart is None:
         return _skipped("restart", "this engine was not built from options a new process could use")
-    results = {digest(proofs.baseline)}
     failure: str | None = None
     again = run_in_new_process(restart, proofs.cases)
-    for case, mine, theirs in zip(proofs.cases, proofs.baseline, again, strict=True):
-        if mine != theirs and failure is None:
-            results.add(digest(again))
-            token = mine.first_difference(theirs)
-            failure = f"{case.name}: token {token}; ops are not traced across processes"
+    difference = _first_difference(again, proofs.baseline)
+    if difference is not None:
+        index, token = difference
+        name = proofs.cases[index].name
+        failure = f"{name}: token {token}; ops are not traced across processes"
+    result = RunResult("in a new process", len(again), digest(again), difference is None)
+    distinct = len({digest(proofs.baseline), result.digest})
     seconds = time.perf_counter() - began
-    return Verdict("restart", 1, len(results), digest(proofs.baseline), seconds, failure)
+    return Verdict("restart", (result,), distinct, digest(proofs.baseline), seconds, failure)
 
 
 def _judge_rng(proofs: Proofs, began: float) -> Verdict:
@@ -123,7 +155,7 @@ def _judge_rng(proofs: Proofs, began: float) -> Verdict:
         torch.manual_seed,
     )
     before = rng_states()
-    results = {digest(proofs.baseline)}
+    results: list[RunResult] = []
     failure: str | None = None
     try:
         for seed in (0, 12345):
@@ -131,15 +163,18 @@ def _judge_rng(proofs: Proofs, began: float) -> Verdict:
                 seeder(seed)
             set_to = rng_states()
             found = as_transcripts(drive_alone(proofs.engine, proofs.cases))
-            results.add(digest(found))
-            if found != proofs.baseline:
+            equal = found == proofs.baseline
+            label = f"generators seeded with {seed}"
+            results.append(RunResult(label, len(found), digest(found), equal))
+            if not equal:
                 failure = f"the results follow the global generators (seed {seed})"
             elif rng_states() != set_to:
                 failure = "a global generator was read or set during generation"
     finally:
         _restore(before)
+    distinct = len({digest(proofs.baseline), *(result.digest for result in results)})
     seconds = time.perf_counter() - began
-    return Verdict("rng", 2, len(results), digest(proofs.baseline), seconds, failure)
+    return Verdict("rng", tuple(results), distinct, digest(proofs.baseline), seconds, failure)
 
 
 def rng_states() -> tuple[object, ...]:
@@ -157,4 +192,4 @@ def _restore(states: tuple[object, ...]) -> None:
 
 
 def _skipped(name: str, why: str) -> Verdict:
-    return Verdict(name, 0, 0, "", 0.0, skipped=why)
+    return Verdict(name, (), 0, "", 0.0, skipped=why)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +13,12 @@ from torch import Tensor
 from ..core.engine import Engine
 from ..core.request import Request
 from ..core.runner import RowOwners
+from .drive import drive_alone
+from .invariances import Run
 from .workload import Case
+
+SAMPLING = "sampling"
+"""The op that follows the logits: named where every op of the model agrees."""
 
 
 class Trace:
@@ -39,16 +45,36 @@ class Trace:
         return request.params == self.case.params and tuple(request.prompt_token_ids) == prompt
 
 
-def first_difference(one: Trace, other: Trace, last: int) -> tuple[int, str] | None:
-    """The lowest position up to ``last``, and there the earliest op, with other bits."""
-    differing = [
-        key
-        for key in one.digests.keys() & other.digests.keys()
-        if key[0] <= last and _differs(one, other, key)
-    ]
-    if not differing:
-        return None
-    return min(differing, key=lambda key: (key[0], one.ops[key[1]]))
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where a request first differs from what it gives alone.
+
+    ``op`` at ``position`` is the first difference: the lowest position, and there the earliest op.
+    ``run`` and ``request`` are their names, ``token`` the first output token that differs.
+
+    ``grid[row][position]`` is for the layer ``layers[row]`` and every position that token follows
+    from: ``""`` where all its ops agree, else the first op that differs; None where no op was
+    computed in both runs.
+    """
+
+    run: str
+    request: str
+    token: int
+    position: int
+    op: str
+    layers: tuple[str, ...]
+    grid: tuple[tuple[str | None, ...], ...]
+
+    def __str__(self) -> str:
+        where = f"{self.op} at position {self.position}"
+        if self.op == SAMPLING:
+            where = "sampling (every op of the model agrees)"
+        return f"{self.run}: {self.request}: token {self.token}; first differs in {where}"
+
+    def as_dict(self) -> dict[str, object]:
+        """All but the grid."""
+        names = ("run", "request", "token", "position", "op")
+        return {name: getattr(self, name) for name in names}
 
 
 @contextmanager
@@ -62,33 +88,50 @@ def tracing(engine: Engine, case: Case) -> Iterator[Trace]:
         engine.runner.observer = None
 
 
-def locate(
-    engine: Engine,
-    reference: Callable[[], object],
-    reference_case: Case,
-    run: Callable[[], object],
-    run_case: Case,
-    token: int,
-) -> str:
-    """Repeat both runs under observation and name the first op where they part.
+def locate(engine: Engine, run: Run, index: int, token: int) -> Divergence:
+    """Repeat a run and its reference under observation, and find the first op where they part.
 
+    :param index: the request, by its place in ``run.expected``.
     :param token: the first output token at which they part; what was computed after it follows
         from it and is not looked at.
     """
-    with tracing(engine, reference_case) as expected:
-        reference()
-    with tracing(engine, run_case) as observed:
-        run()
-    last = len(reference_case.prompt_token_ids) + token - 1
-    found = first_difference(expected, observed, last)
-    if found is None:
-        return "sampling (every op of the model agrees)"
-    position, op = found
-    return f"{op} at position {position}"
+    reference, case = run.references[index], run.cases[index]
+    with tracing(engine, reference) as expected:
+        drive_alone(engine, [reference])
+    with tracing(engine, case) as observed:
+        run.execute()
+    last = len(reference.prompt_token_ids) + token - 1
+    layers, grid = compare(expected, observed, last)
+    for position in range(last + 1):
+        for row in grid:
+            if op := row[position]:
+                return Divergence(run.label, case.name, token, position, op, layers, grid)
+    sampled = (*[None] * last, SAMPLING)
+    return Divergence(
+        run.label, case.name, token, last, SAMPLING, (*layers, SAMPLING), (*grid, sampled)
+    )
 
 
-def _differs(one: Trace, other: Trace, key: tuple[int, str]) -> bool:
-    return len(one.digests[key] | other.digests[key]) > 1
+def compare(
+    one: Trace, other: Trace, last: int
+) -> tuple[tuple[str, ...], tuple[tuple[str | None, ...], ...]]:
+    """``layers`` and ``grid`` of a divergence, over positions 0 to ``last``."""
+    layers = dict.fromkeys(_layer(op) for op in one.ops)
+    grid: dict[str, list[str | None]] = {layer: [None] * (last + 1) for layer in layers}
+    for op in one.ops:  # in the order of computation, so the first op that differs stays
+        row = grid[_layer(op)]
+        for position in range(last + 1):
+            mine, theirs = one.digests.get((position, op)), other.digests.get((position, op))
+            if mine and theirs and not row[position]:
+                row[position] = op if len(mine | theirs) > 1 else ""
+    return tuple(layers), tuple(map(tuple, grid.values()))
+
+
+def _layer(op: str) -> str:
+    """The row of an op: ``layers.3.mlp.act`` is in layer 3."""
+    if op.startswith("layers."):
+        return f"layer {op.split('.')[1]}"
+    return "embedding" if op == "embed_tokens" else "logits"
 
 
 def _row_digest(row: Tensor) -> bytes:

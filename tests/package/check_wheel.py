@@ -52,7 +52,7 @@ def check_sdist(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         found = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(p.relative_to(ROOT)) for p in (ROOT / "kernels" / "native").glob("*.[ch]")}
-    wanted = modules() | sources | {"pyproject.toml", "setup.py", "py.typed", "README.md"}
+    wanted = modules() | data() | sources | {"pyproject.toml", "setup.py", "README.md"}
     wanted |= {"LICENSE", "CHANGELOG.md"}
     expect(f"{sdist.name} lacks", wanted - found)
 
@@ -60,7 +60,7 @@ def check_sdist(sdist: Path) -> None:
 def check_wheel(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         found = {name for name in archive.namelist() if ".dist-info/" not in name}
-    wanted = {f"isobit/{name}" for name in modules() | {"py.typed"}} | {LIBRARY}
+    wanted = {f"isobit/{name}" for name in modules() | data()} | {LIBRARY}
     expect(f"{wheel.name} lacks", wanted - found)
     expect(f"{wheel.name} should not have", found - wanted)
 
@@ -73,6 +73,12 @@ def modules() -> set[str]:
     # setup.py lies in the package's folder, as the root is the package; it is not installed.
     paths = {path for folder in folders for path in folder.glob("*.py")} - {ROOT / "setup.py"}
     return {str(path.relative_to(ROOT)) for path in paths}
+
+
+def data() -> set[str]:
+    """Every file that the package reads besides its modules, by its path."""
+    templates = (ROOT / "verify" / "templates").iterdir()
+    return {"py.typed"} | {str(path.relative_to(ROOT)) for path in templates}
 
 
 def expect(what: str, wrong: set[str]) -> None:
