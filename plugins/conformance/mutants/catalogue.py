@@ -131,8 +131,10 @@ def candidates() -> list[Candidate]:
 
 
 def _candidate(spec: BackendSpec) -> Candidate:
+    from .... import __version__
+
     def backends() -> list[BackendSpec]:
         return [spec]
 
     plugin = SimpleNamespace(isobit_attention_backends=hookimpl(backends))
-    return Candidate(spec.name, DISTRIBUTION, str(API_VERSION), _PACKAGE, lambda: plugin)
+    return Candidate(spec.name, DISTRIBUTION, __version__, _PACKAGE, lambda: plugin)

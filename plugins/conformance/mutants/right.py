@@ -217,7 +217,8 @@ class RightAttention(AttentionBackend):
 
     def capped(self, scores: Tensor) -> Tensor:
         cap = self.config.logit_soft_cap
-        return scores if cap is None else tanh_f32(scores / cap) * cap
+        # Not divided: a GPU multiplies by the reciprocal anyway, and so both give the same bits.
+        return scores if cap is None else tanh_f32(scores * (1 / cap)) * cap
 
     def highest(self, scores: Tensor) -> Tensor:
         """The tile's maximum, ``[G, R, H]``."""
