@@ -36,6 +36,7 @@ from isobit.cli.main import main as cli
 from isobit.core.config import EngineConfig
 from isobit.plugins.conformance.check import Check
 from isobit.plugins.conformance.corners import Corners
+from isobit.plugins.conformance.mutants.catalogue import MUTANTS
 from isobit.plugins.conformance.registry import CHECKS
 from isobit.plugins.discovery import BUILT_IN, Candidate, discover
 from isobit.sampling.params import SamplingParams
@@ -127,6 +128,12 @@ def _objection(check: Check, declared: dict[str, Any]) -> str | None:
     return check.gate(Corners(spec, "cpu"))
 
 
+def mutants() -> str:
+    """The backends that the conformance suite must fail."""
+    rows = [(f"`{m.name}`", m.fault, m.seen, ", ".join(m.caught_by)) for m in MUTANTS]
+    return _table(("mutant", "what is wrong", "seen", "caught by"), rows)
+
+
 def fields_of(cls: type) -> Callable[[], str]:
     """A part: the fields of a dataclass, their meaning taken from its docstring."""
 
@@ -191,6 +198,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "layer-cache": fields_of(LayerCache),
     "checks": checks,
     "features": features,
+    "mutants": mutants,
 }
 
 

@@ -9,5 +9,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long",
         action="store_true",
-        help="run the engine's random programs ten times as long",
+        help="the engine's random programs ten times as long; all checks on all mutants",
     )

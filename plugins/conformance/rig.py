@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
+from contextlib import nullcontext
 from itertools import accumulate
 from random import Random
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from ...backends.base import AttentionBackend, AttentionConfig, Batch, LayerCache
 from .audit import Audit
+from .generators import untouched_generators
 from .graphs import Recorded, record
 from .scenario import Geometry, Piece, Run, Sequence, Step
 from .values import Rows, all_rows
@@ -47,9 +49,11 @@ def execute(
 ) -> Outputs:
     """Compute the run on a fresh backend and a fresh cache.
 
-    :raises BackendError: the backend wrote where nothing may be written, or broke a graph's rules.
+    :raises BackendError: the backend wrote where nothing may be written, broke a graph's rules,
+        or touched a global generator.
     """
-    with torch.inference_mode():
+    watch = untouched_generators() if run.generators else nullcontext()
+    with torch.inference_mode(), watch:
         rig = _Rig(factory, geometry, sequences, run)
         outputs = Outputs(sequences, geometry)
         for step in run.steps:
@@ -170,7 +174,8 @@ class _Graph:
         g = rig._geometry
         zeros = [torch.zeros(num_seqs, h, g.head_dim) for h in (g.num_q_heads, g.num_kv_heads)]
         self._rows = [
-            Rows(*(zeros[i].to(_dtype(g)).to(rig._device) for i in (0, 1, 1))) for _ in rig._values
+            Rows(*(zeros[i].to(rig._device, _dtype(g), copy=True) for i in (0, 1, 1)))
+            for _ in rig._values
         ]
         self._out = rig._fresh_out(num_seqs)[:num_seqs]
         if rig._device.type == "cuda":

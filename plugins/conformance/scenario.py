@@ -71,6 +71,7 @@ class Run:
     unwritten: what a slot holds that nobody has written: ``"garbage"`` (large numbers) or ``"nan"``
     layers:    layers that run in each step; all but the last have other values
     audit:     also look for writes where nothing may be written
+    generators: also look whether a global random generator is read or set
     """
 
     steps: tuple[Step, ...]
@@ -80,6 +81,7 @@ class Run:
     unwritten: str = "garbage"
     layers: int = 1
     audit: bool = False
+    generators: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import chain
 
 from ..check import CONTRACT, Check, needs_feature, trial_check
 from ..corners import GQA_RATIOS, Corners
@@ -33,6 +34,24 @@ def _values(corners: Corners) -> Iterator[Trial]:
         lengths = corners.edges(most=300)
         for values in KINDS:
             yield _mixed(f"{geometry.dtype}, {values}: edges", cells, geometry, lengths, values)
+
+
+def _decoded(corners: Corners) -> Iterator[Trial]:
+    """Sequences that only decode, long enough to come to new pages in the same batch."""
+    for geometry in corners.bases():
+        page = geometry.page_size
+        lengths = [page - 1, 3, 2 * page] if page > 1 else [3, 2]
+        pieces = [then_decode(i, n, n + page + 2) for i, n in enumerate(lengths)]
+        yield Trial(
+            label=f"{geometry.dtype}: decoded across pages",
+            cells=(CONTRACT, "dtypes"),
+            geometry=geometry,
+            sequences=tuple(
+                Sequence(length=n + page + 2, seed=i, values="needle")
+                for i, n in enumerate(lengths)
+            ),
+            run=Run(steps=together(*pieces)),
+        )
 
 
 def _long(corners: Corners) -> Iterator[Trial]:
@@ -90,7 +109,7 @@ CHECKS: tuple[Check, ...] = (
         "reference",
         "attention as float64 gives it: one token, lengths at every edge, every kind of values",
         (CONTRACT, "dtypes"),
-        _values,
+        lambda corners: chain(_values(corners), _decoded(corners)),
     ),
     trial_check(
         "shapes",

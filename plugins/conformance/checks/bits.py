@@ -79,7 +79,7 @@ def _batch(corners: Corners) -> Iterator[Trial]:
 
 def _rerun(corners: Corners) -> Iterator[Trial]:
     for geometry in _variants(corners):
-        lengths = [5, 70, corners.longest // 4]
+        lengths = [5, 70, corners.longest // 2]
         pieces = [then_decode(i, n, n + 3) for i, n in enumerate(lengths)]
         run = Run(steps=together(*pieces))
         for attempt in range(2):
@@ -114,7 +114,8 @@ def _order(corners: Corners) -> Iterator[Trial]:
 
 
 def _pages(corners: Corners) -> Iterator[Trial]:
-    for geometry in _variants(corners):
+    smallest = replace(corners.base, page_size=corners.page_sizes[0])  # the most pages a tile
+    for geometry in dict.fromkeys([*_variants(corners), smallest]):
         lengths = [geometry.page_size + 1, 70, corners.longest // 8]
         steps = together(*(then_decode(i, n, n + 3) for i, n in enumerate(lengths)))
         for placement in (0, 2, 3):

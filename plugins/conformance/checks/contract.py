@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from dataclasses import replace
 
-import numpy as np
-import torch
-
-from ..check import CONTRACT, Check, Context, Finding, trial_check
+from ..check import CONTRACT, Check, trial_check
 from ..corners import Corners
-from ..rig import execute
-from ..scenario import Run, Sequence, Trial, then_decode, together, whole
+from ..scenario import Run, Sequence, Trial, alone, then_decode, together
 
 _CELLS = (CONTRACT,)
 
@@ -60,29 +54,14 @@ def _layers(corners: Corners) -> Iterator[Trial]:
         )
 
 
-def _rng(context: Context) -> Iterator[Finding]:
-    """Runs a step between two looks at the global generators."""
-    geometry = replace(context.corners.base, deterministic=True)
-    sequences = (Sequence(length=40),)
-    before = _states()
-    try:
-        execute(context.subject.factory, geometry, sequences, Run(steps=(whole(0, 40),)))
-        changed = [name for name, state in _states().items() if state != before[name]]
-        failure = f"the global generator of {', '.join(changed)} was read or set" if changed else ""
-    except Exception as error:  # whatever a backend raises is its answer
-        failure = f"it raised {type(error).__name__}: {error}"
-    yield Finding("one prefill", _CELLS, failure)
-
-
-def _states() -> dict[str, object]:
-    states: dict[str, object] = {
-        "random": random.getstate(),
-        "NumPy": str(np.random.get_state()),
-        "torch": torch.get_rng_state().numpy().tobytes(),
-    }
-    if torch.cuda.is_available():
-        states["torch.cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
-    return states
+def _generators(corners: Corners) -> Iterator[Trial]:
+    yield Trial(
+        label="a prefill and a decode",
+        cells=_CELLS,
+        geometry=corners.base,
+        sequences=_sequences([40]),
+        run=Run(steps=alone(then_decode(0, 40, 41)), generators=True),
+    )
 
 
 CHECKS: tuple[Check, ...] = (
@@ -92,18 +71,17 @@ CHECKS: tuple[Check, ...] = (
         _CELLS,
         _unwritten,
     ),
+    trial_check("layers", "one plan serves all layers, each with its own cache", _CELLS, _layers),
     trial_check(
         "writes",
         "only the rows' own slots and out are written; arguments stay as they were",
         _CELLS,
         _writes,
     ),
-    trial_check("layers", "one plan serves all layers, each with its own cache", _CELLS, _layers),
-    Check(
+    trial_check(
         "generators",
         "the global generators are neither read nor set",
         _CELLS,
-        lambda corners: None,
-        _rng,
+        _generators,
     ),
 )

@@ -1,0 +1,110 @@
+"""The conformance suite passes the right backend and fails every mutant of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+
+from isobit.plugins.conformance.check import Check, Context
+from isobit.plugins.conformance.mutants.catalogue import MUTANTS, RIGHT, Mutant, candidates
+from isobit.plugins.conformance.registry import CHECKS
+from isobit.plugins.conformance.subject import find_subject
+from isobit.plugins.conformance.suite import make_context, run_check, run_suite
+from isobit.plugins.conformance.waivers import known_check
+from isobit.plugins.manager import PluginHost
+
+MakeContext = Callable[[str], Context]
+NAMES = [mutant.name for mutant in MUTANTS]
+
+
+@pytest.fixture(scope="module")
+def context_of() -> MakeContext:
+    """What the quick checks of a backend of the catalogue run on."""
+    found = candidates()
+    host = PluginHost(candidates=found, strict_plugins=True)
+
+    def make(name: str) -> Context:
+        return make_context(find_subject(name, host, found), "cpu", quick=True)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def right(context_of: MakeContext, request: pytest.FixtureRequest) -> Context:
+    """The right backend: in float32, and with ``--long`` in every dtype."""
+    subject = context_of(RIGHT.name).subject
+    if not request.config.getoption("--long"):
+        capabilities = replace(RIGHT.capabilities, dtypes={"float32"})
+        subject = replace(subject, spec=replace(subject.spec, capabilities=capabilities))
+    return make_context(subject, "cpu", quick=True)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=[check.name for check in CHECKS])
+def test_the_right_backend_passes(right: Context, check: Check) -> None:
+    outcome = run_check(check, right, {})
+    assert (outcome.status, outcome.reason) == ("passed", "")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=NAMES)
+def test_a_mutant_is_caught_and_its_failure_can_be_repeated(
+    context_of: MakeContext, mutant: Mutant
+) -> None:
+    outcome = run_check(known_check(mutant.caught_by[0]), context_of(mutant.name), {})
+    assert outcome.status == "failed"
+    assert not re.search("it raised (?!BackendError|NotImplementedError)", outcome.reason)
+    assert mutant.spec.factory in outcome.snippet
+    with pytest.raises(SystemExit) as ended:
+        exec(outcome.snippet, {})
+    assert ended.value.code, "a message, so status 1"
+
+
+def test_no_check_fails_before_the_one_that_is_named(
+    context_of: MakeContext, request: pytest.FixtureRequest
+) -> None:
+    """A check that fails for another's fault would explain nothing."""
+    if not request.config.getoption("--long"):
+        pytest.skip("takes minutes; pass --long")
+    found = {
+        name: next(
+            outcome.check.name
+            for outcome in run_suite(context_of(name))
+            if outcome.status == "failed"
+        )
+        for name in NAMES
+    }
+    assert found == {mutant.name: mutant.caught_by[0] for mutant in MUTANTS}
+
+
+@pytest.mark.parametrize(
+    "name", ["mutant-causal-off-by-one", "mutant-completion-order", "mutant-captured-grid"]
+)
+def test_a_snippet_is_a_program_that_exits_with_status_1(
+    context_of: MakeContext, name: str
+) -> None:
+    mutant = next(m for m in MUTANTS if m.name == name)
+    outcome = run_check(known_check(mutant.caught_by[0]), context_of(name), {})
+    done = subprocess.run(
+        [sys.executable, "-c", outcome.snippet], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.match(r"position \d+ of sequence \d+: query head", done.stderr)
+
+
+def test_the_snippet_of_another_backend_holds(context_of: MakeContext) -> None:
+    """The trial is at fault with the mutant alone: on the right backend it ends well."""
+    outcome = run_check(known_check("reference"), context_of("mutant-causal-off-by-one"), {})
+    mutant = "mutants.masks:CausalOffByOne"
+    exec(outcome.snippet.replace(mutant, "mutants.right:RightAttention"), {})
+
+
+def test_every_mutant_says_what_is_wrong_and_is_another_class() -> None:
+    assert len({mutant.spec.factory for mutant in MUTANTS}) == len(MUTANTS) >= 18
+    for mutant in MUTANTS:
+        assert mutant.fault.endswith("."), mutant.name
+        assert mutant.seen.startswith("where "), mutant.name
