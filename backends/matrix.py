@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -72,14 +72,16 @@ def select_backend(
     host: PluginHost,
     *,
     installed: Installed = installed_version,
+    probe: Callable[[BackendSpec], object] = lambda spec: None,
 ) -> Selection:
     """The backend ``name``, or with ``"auto"`` the first of the order that holds what is asked.
 
+    :param probe: called before ``"auto"`` takes a backend, which its ``ConfigError`` prevents.
     :raises BackendRefusedError: the named backend cannot; with all reasons and who else could.
     :raises ConfigError: no such backend, its plugin is broken, or with ``"auto"`` none can.
     """
     if name == "auto":
-        return _select_auto(requirements, host, installed)
+        return _select_auto(requirements, host, installed, probe)
     backend = host.require(name)
     reasons = objections(requirements, backend.spec, host, installed=installed)
     if reasons:
@@ -150,15 +152,21 @@ def load_factory(spec: BackendSpec) -> type[AttentionBackend]:
     return factory
 
 
-def _select_auto(requirements: Requirements, host: PluginHost, installed: Installed) -> Selection:
+def _select_auto(
+    requirements: Requirements,
+    host: PluginHost,
+    installed: Installed,
+    probe: Callable[[BackendSpec], object],
+) -> Selection:
     usable = host.backends()
     rejected: dict[str, str] = {}
     for name in _auto_names(host):
         if name in usable:
             reasons = objections(requirements, usable[name].spec, host, installed=installed)
-            if not reasons:
+            rejected[name] = " ".join(map(str, reasons)) or _broken(probe, usable[name].spec)
+            if not rejected[name]:
+                del rejected[name]
                 return _selection(usable[name], requirements, rejected)
-            rejected[name] = " ".join(map(str, reasons))
         elif (reason := host.unavailable(name)) is not None:
             rejected[name] = f"{reason}."
     tried = "".join(f"\n- {name}: {reason}" for name, reason in rejected.items())
@@ -168,6 +176,15 @@ def _select_auto(requirements: Requirements, host: PluginHost, installed: Instal
         + (tried or " None is installed.")
         + (f"\nProblems with plugins:{problems}" if problems else "")
     )
+
+
+def _broken(probe: Callable[[BackendSpec], object], spec: BackendSpec) -> str:
+    """Why the backend cannot be used although it could serve; empty where it can."""
+    try:
+        probe(spec)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def _auto_names(host: PluginHost) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,19 @@ def text_table(rows: list[Row]) -> str:
     return "\n".join([*body, *(f"[{i}] {note}" for i, note in enumerate(notes, 1))])
 
 
-def markdown_table(rows: list[Row]) -> str:
-    """The matrix for the documentation: a column a backend, the reasons below."""
+def markdown_table(
+    rows: list[Row], marks: Callable[[str, str], str] = lambda backend, cell: ""
+) -> str:
+    """The matrix for the documentation: a column a backend, the reasons below.
+
+    :param marks: what is put behind a cell, by the backend's name and the cell's.
+    """
     lines, notes = _grid(rows)
+    names = lines[0]
+    lines[1:] = [
+        [line[0], *(t + marks(n, line[0]) for t, n in zip(line[1:], names[1:], strict=True))]
+        for line in lines[1:]
+    ]
     escaped = [[text.replace("|", r"\|") for text in line] for line in lines]
     body = [f"| {' | '.join(line)} |" for line in escaped]
     rule = f"|{' --- |' * len(lines[0])}"

@@ -104,18 +104,20 @@ def _select(
     config: EngineConfig, model: ModelConfig, host: PluginHost
 ) -> tuple[Selection, torch.dtype]:
     """The backend, and the dtype: with ``auto``, float32 where the checkpoint's is not offered."""
+
+    def select(dtype: str) -> Selection:
+        asked = requirements(config, model, dtype)
+        return select_backend(config.attention_backend, asked, host, probe=load_factory)
+
     if config.dtype != "auto":
-        asked = requirements(config, model, config.dtype)
-        return select_backend(config.attention_backend, asked, host), _DTYPES[config.dtype]
+        return select(config.dtype), _DTYPES[config.dtype]
     own = str(model.dtype).removeprefix("torch.")
     try:
-        asked = requirements(config, model, own)
-        return select_backend(config.attention_backend, asked, host), model.dtype
+        return select(own), model.dtype
     except ConfigError:
         if own == "float32":
             raise
-    asked = requirements(config, model, "float32")
-    return select_backend(config.attention_backend, asked, host), torch.float32
+    return select("float32"), torch.float32
 
 
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
@@ -139,25 +141,31 @@ def _backend(
     kernels: str,
 ) -> AttentionBackend:
     factory = load_factory(selection.spec)
-    return factory(
-        AttentionConfig(
-            num_layers=model.num_layers,
-            num_q_heads=model.num_q_heads,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            scale=model.head_dim**-0.5,
-            page_size=config.page_size,
-            dtype=dtype,
-            device=torch.device(config.device),
-            max_model_len=max_model_len,
-            sliding_windows=(model.sliding_window,) * model.num_layers
-            if model.sliding_window is not None
-            else (),
-            logit_soft_cap=model.logit_soft_cap,
-            deterministic=config.deterministic,
-            kernels=kernels,
-        )
+    attention = AttentionConfig(
+        num_layers=model.num_layers,
+        num_q_heads=model.num_q_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        scale=model.head_dim**-0.5,
+        page_size=config.page_size,
+        dtype=dtype,
+        device=torch.device(config.device),
+        max_model_len=max_model_len,
+        sliding_windows=(model.sliding_window,) * model.num_layers if model.sliding_window else (),
+        logit_soft_cap=model.logit_soft_cap,
+        deterministic=config.deterministic,
+        kernels=kernels,
     )
+    try:
+        return factory(attention)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"attention backend {selection.spec.name!r} of {selection.distribution} "
+            f"{selection.version} raised {type(error).__name__} when it was made: {error}. Report "
+            "it to its author, or pass another attention_backend."
+        ) from error
 
 
 def _num_pages(config: EngineConfig, backend: AttentionBackend, max_model_len: int) -> int:

@@ -11,21 +11,23 @@ import inspect
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, Field, fields
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import click
 from click.testing import CliRunner
+from proved import proved_matrix
 
 from isobit.backends.capabilities import FEATURES, BackendSpec, Capabilities
-from isobit.backends.table import markdown_table, matrix_rows
 from isobit.cli.main import main as cli
 from isobit.core.config import EngineConfig
 from isobit.plugins.conformance.mutants.catalogue import MUTANTS
-from isobit.plugins.discovery import BUILT_IN, discover
-from isobit.plugins.manager import PluginHost
+from isobit.plugins.discovery import BUILT_IN, Candidate, discover
 from isobit.sampling.params import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -36,9 +38,30 @@ _ALIASES = {"Toggle": 'bool | "auto"', "AbstractSet": "set"}
 
 
 def matrix() -> str:
-    """The built-in backends as they declare themselves, whatever else is installed here."""
-    host = PluginHost(candidates=[c for c in discover() if c.name in BUILT_IN])
-    return markdown_table(matrix_rows(host)) + "\n"
+    """The built-in backends, declared and proved, whatever else is installed here."""
+    return proved_matrix(c for c in discover() if c.name in BUILT_IN)
+
+
+def example_matrix() -> str:
+    """The example backends, declared and proved."""
+    folders = {"minimal": "minimal_backend", "sdpa": "sdpa_backend"}
+    candidates = []
+    for name, folder in folders.items():
+        path = ROOT / "examples" / folder
+        version = tomllib.loads((path / "pyproject.toml").read_text())["project"]["version"]
+        source = (path / f"isobit_{name}.py").read_text()
+        target = f"isobit_{name}"
+        candidates.append(
+            Candidate(name, f"isobit-{name}", version, target, partial(_module, target, source))
+        )
+    return proved_matrix(candidates)
+
+
+def _module(name: str, source: str) -> ModuleType:
+    """A module of one file, which is not installed."""
+    module = ModuleType(name)
+    exec(source, vars(module))
+    return module
 
 
 def cli_help() -> str:
@@ -126,6 +149,7 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "matrix": matrix,
+    "example-matrix": example_matrix,
     "cli-help": cli_help,
     "engine-options": fields_of(EngineConfig),
     "sampling-params": fields_of(SamplingParams),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,8 @@ def pages() -> list[Page]:
 
 @pytest.fixture(scope="session")
 def generator() -> ModuleType:
-    """``docs/generate.py``, imported by its path."""
+    """``docs/generate.py``, imported by its path, with its own folder on the path."""
+    sys.path.insert(0, str(ROOT / "docs"))
     spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
     assert spec is not None
     assert spec.loader is not None

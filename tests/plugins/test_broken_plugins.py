@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from isobit.plugins.discovery import BUILT_IN
 
 UNMARKED = """
@@ -190,3 +192,85 @@ def test_a_hook_of_a_later_release_may_be_marked_optional(site):
     site.plugin("modern", optional)
     record = site.report()["by_name"]["modern"]
     assert (record["status"], record["hooks"]) == ("loaded", ["isobit_later"])
+
+
+ABLE = """
+from isobit import plugins
+
+@plugins.hookimpl
+def isobit_attention_backends():
+    names = ("chunked_prefill", "radix_cache", "non_greedy_sampling")
+    offers = plugins.Capabilities(
+        dtypes={"float32", "float16"}, devices={"cpu"}, deterministic=True,
+        features=dict.fromkeys(names, plugins.Supported()),
+        chunk_invariant=True, decode_equals_prefill=True,
+    )
+    return [plugins.BackendSpec(
+        name=NAME, api=1, factory=f"{NAME}_attention:Attention", capabilities=offers,
+        install=f"pip install {NAME}-dist",
+    )]
+"""
+
+RAISES_WHEN_MADE = """
+from isobit.plugins import AttentionBackend
+
+class Attention(AttentionBackend):
+    def __init__(self, config):
+        raise OSError("no such driver")
+    def plan(self, batch): ...
+    def run(self, *args): ...
+"""
+
+RUN = """
+import sys
+from isobit import LLM, SamplingParams
+from isobit.errors import ConfigError
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+try:
+    with LLM("tiny-llama", load_format="random", kv_cache_memory="8MiB", **options) as llm:
+        output = llm.generate([[1, 2, 3]], SamplingParams(max_tokens=3, temperature=0))[0]
+        print(llm.report)
+        print(len(output.outputs[0].token_ids), "tokens")
+except ConfigError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.fixture
+def crowd(site):
+    """Every kind of broken plugin, and two backends whose class cannot be had."""
+    for index, (source, _) in enumerate(BROKEN.values()):
+        site.plugin(f"broken{index}", source)
+    for name, attention in (
+        ("unloadable", "raise ImportError('libfast.so.3: cannot open')"),
+        ("unmakeable", RAISES_WHEN_MADE),
+    ):
+        site.plugin(name, ABLE.replace("NAME", repr(name)))
+        (site.folders[-1] / f"{name}_attention.py").write_text(attention)
+    return site
+
+
+def test_who_asks_for_none_is_served(crowd):
+    said = crowd.python(RUN).stdout
+    assert "3 tokens" in said
+    assert "torch" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("unloadable", "cannot be imported: ImportError: libfast.so.3: cannot open"),
+        ("unmakeable", "of unmakeable-dist 1.0 raised OSError when it was made: no such driver"),
+    ],
+)
+def test_who_asks_for_one_is_told_why(crowd, name, reason):
+    said = crowd.python(RUN, "attention_backend", name).stdout
+    assert said.startswith(f"refused: attention backend '{name}'")
+    assert reason in said
+
+
+def test_auto_passes_over_a_backend_that_cannot_be_imported(crowd):
+    """The built-in does not offer float16, so ``auto`` comes to the others."""
+    said = crowd.python(RUN, "dtype", "float16").stdout
+    assert "raised OSError when it was made" in said  # the next one that could serve
+    assert "unmakeable" in said
