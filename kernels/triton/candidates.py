@@ -64,11 +64,13 @@ class CublasLt:
 
 @contextmanager
 def one_accumulator() -> Iterator[None]:
-    """torch's products go to cuBLASLt and neither split K nor round partial sums; then as before."""
+    """torch's products go to cuBLASLt, which neither splits K nor rounds partial sums."""
     switches = torch.backends.cuda.matmul
     library = torch.backends.cuda.preferred_blas_library()
     names = tuple(f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16"))
-    before = {name: (getattr(switches, name), getattr(switches, f"{name}_split_k")) for name in names}
+    before = {
+        name: (getattr(switches, name), getattr(switches, f"{name}_split_k")) for name in names
+    }
     try:
         torch.backends.cuda.preferred_blas_library("cublaslt")
         for name in names:

@@ -142,9 +142,7 @@ class Chooser:
         expected = canonical(x, weight, problem.out_dtype)
         name = self._file.get(problem)
         for candidate in offered:
-            if candidate.name == name and self._reproduces(
-                candidate, problem, x, weight, expected
-            ):
+            if candidate.name == name and self._reproduces(candidate, problem, x, weight, expected):
                 return candidate
         sound = [c for c in offered if self._reproduces(c, problem, x, weight, expected)]
         if not sound:
@@ -160,7 +158,7 @@ class Chooser:
     def _reproduces(
         self, candidate: Candidate, problem: Problem, x: Tensor, weight: Tensor, expected: Tensor
     ) -> bool:
-        """Whether the candidate gives ``expected`` for the bucket's most rows and for its fewest."""
+        """Whether the candidate gives ``expected`` for the bucket's most and fewest rows."""
         fewest = max((b for b in BUCKETS if b < problem.bucket), default=0) + 1
         for rows in (problem.bucket, fewest):
             some = prepared(x[:rows], problem.dtype)

@@ -17,6 +17,11 @@ ALIGNMENT = 256
 """Bytes; the coarsest that torch tells cuBLASLt about, and less than its allocator gives."""
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU. It truncates to bf16."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def unavailable_reason(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of ``device``; None if they can."""
     if importlib.util.find_spec("triton") is None:
@@ -24,7 +29,9 @@ def unavailable_reason(device: torch.device) -> str | None:
     if device.type == "cpu":
         if os.environ.get("TRITON_INTERPRET") == "1":
             return None
-        return "it runs on CUDA devices; on the CPU only in Triton's interpreter, TRITON_INTERPRET=1"
+        return (
+            "it runs on CUDA devices; on the CPU only in Triton's interpreter, TRITON_INTERPRET=1"
+        )
     return None if device.type == "cuda" else f"it runs on CUDA devices, and the device is {device}"
 
 

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import interpreted
+
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -63,7 +65,7 @@ def _matmul(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
-    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     # Programs of the same columns are neighbours, so that W is read from memory once.
     pid = tl.program_id(0)
@@ -83,7 +85,9 @@ def _matmul(
         else:
             x = tl.load(x_at, mask=m_in & (k[None, :] < K - start), other=0.0)
             w = tl.load(w_at, mask=n_in & (k[:, None] < K - start), other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
         x_at += BLOCK_K
         w_at += BLOCK_K
     out_at = out_ptr + m[:, None].to(tl.int64) * N + n[None, :]
@@ -110,7 +114,7 @@ def matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype, tile: Tile = CANON
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,
             WHOLE_K=depth % tile.depth == 0,
-            PRECISION="ieee",
+            WIDEN=interpreted(),  # it has no bf16 product
             num_warps=tile.warps,
             num_stages=tile.stages,
         )

@@ -1,8 +1,8 @@
 """RMS normalisation, alone or with the residual added first; rounded as ``kernels/norm.py`` rounds.
 
-Contract: one program a row. The squares of the whole row, padded with zeros to the next power of
-two, are added by one ``tl.sum`` in fp32, whose order is compiled from the width and the dtype alone.
-Square root and divisions are IEEE; nothing is joined into an fma.
+Contract: one program a row. The squares of the whole row, padded with zeros to the next power
+of two, are added by one ``tl.sum`` in fp32; the compiler takes its order from the width and the
+dtype alone. Square root and divisions are IEEE; nothing is joined into an fma.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """-> (rms_norm(x + residual), x + residual); the sum is rounded to x.dtype first."""
     x, residual = aligned(x), aligned(residual)
     out, total = torch.empty_like(x), torch.empty_like(x)

@@ -23,7 +23,9 @@ def test_auto_on_another_device_is_torch():
 
 
 def test_unknown_provider_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'mkl'.*'native', 'torch', 'library' and 'auto'"):
+    with pytest.raises(
+        ConfigError, match=r"'mkl'.*'native', 'torch', 'library', 'triton' and 'auto'"
+    ):
         load_kernels("mkl")
 
 
