@@ -33,7 +33,7 @@ def _score(logits_ptr, ids, word, highest, temperature, cut_logit, cut_id, VOCAB
 
 @triton.jit
 def _first_of(score, ids, best):
-    return tl.min(tl.where((score == best) & (best > float("-inf")), ids, _NO_ID))
+    return tl.min(tl.where(score == best, ids, _NO_ID))
 
 
 @triton.jit
@@ -140,5 +140,6 @@ def choose(logits: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
         BLOCKS=blocks,
         WIDTH=triton.next_power_of_2(blocks),
         num_warps=1,
+        **NO_FMA,
     )
     return token_ids, score

@@ -117,5 +117,6 @@ def matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype, tile: Tile = CANON
             WIDEN=interpreted(),  # it has no bf16 product
             num_warps=tile.warps,
             num_stages=tile.stages,
+            enable_fp_fusion=True,  # in fp32 every step of a sum is one fma
         )
     return out
