@@ -84,7 +84,7 @@ def split_norm_rope(
         heads = qkv.view(len(qkv), -1, cos_sin.shape[-1])
         q, k, v = (
             part.contiguous()
-            for part in heads.split([num_q_heads, num_kv_heads, num_kv_heads], dim=1)
+            for part in torch.split(heads, [num_q_heads, num_kv_heads, num_kv_heads], dim=1)
         )
         if norm is not None:
             q, k = rms_norm(q, norm.q, norm.eps), rms_norm(k, norm.k, norm.eps)

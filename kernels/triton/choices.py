@@ -191,7 +191,7 @@ def median_ms(run: Callable[[], Tensor]) -> float:
     """Median time of a call on the GPU, its operands out of the caches, in milliseconds."""
     run()
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    pairs = []
+    pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for _ in range(_REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()  # long enough for the host to queue the call behind it
@@ -200,4 +200,5 @@ def median_ms(run: Callable[[], Tensor]) -> float:
         end.record()
         pairs.append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+    times: list[float] = [start.elapsed_time(end) for start, end in pairs]
+    return statistics.median(times)
