@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -47,7 +47,7 @@ class Draw:
     top_k:        int64 ``[R]``; the vocabulary's size where it is off
     top_p:        fp64 ``[R]``; 1 where it is off
     min_p:        fp32 ``[R]``; 0 where it is off
-    filtered:     the rows, none of them greedy, in which one of these three is on
+    filtered:     int64 ``[F]``, the rows, none of them greedy, in which one of these three is on
     seeds, choices, positions: int64 ``[R]``, the noise's key
     """
 
@@ -55,7 +55,7 @@ class Draw:
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
-    filtered: Sequence[int]
+    filtered: Tensor
     seeds: Tensor
     choices: Tensor
     positions: Tensor

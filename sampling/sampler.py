@@ -103,7 +103,9 @@ def _draw(rows: Sequence[SamplingRow], logits: Tensor) -> Draw:
         top_k=column([p.top_k if p.top_k > 0 else vocab for p in params], torch.int64),
         top_p=column([p.top_p for p in params], torch.float64),
         min_p=column([p.min_p for p in params], torch.float32),
-        filtered=[i for i, p in enumerate(params) if has_filters(p) and not p.greedy],
+        filtered=column(
+            [i for i, p in enumerate(params) if has_filters(p) and not p.greedy], torch.int64
+        ),
         seeds=column([row.seed for row in rows], torch.int64),
         choices=column([row.choice for row in rows], torch.int64),
         positions=column([row.position for row in rows], torch.int64),

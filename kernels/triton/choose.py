@@ -101,8 +101,8 @@ def choose(logits: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     highest = logits.amax(dim=1)
     cut_logit = torch.full_like(highest, -torch.inf)
     cut_id = torch.full_like(draw.seeds, vocab)
-    if draw.filtered:
-        which = torch.tensor(draw.filtered, device=logits.device)
+    which = draw.filtered
+    if which.numel():
         cut_logit[which], cut_id[which] = cut(
             aligned(logits[which]),
             highest[which],

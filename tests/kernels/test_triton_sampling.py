@@ -114,7 +114,7 @@ def draw_of(rows: Sequence[SamplingRow], vocab: int = VOCAB) -> Draw:
         top_k=torch.tensor([p.top_k if p.top_k > 0 else vocab for p in params], device=DEVICE),
         top_p=torch.tensor([p.top_p for p in params], dtype=torch.float64, device=DEVICE),
         min_p=torch.tensor([p.min_p for p in params], device=DEVICE),
-        filtered=[i for i, on in enumerate(active) if on],
+        filtered=torch.tensor(active, device=DEVICE).nonzero().flatten(),
         seeds=torch.tensor([row.seed for row in rows], device=DEVICE),
         choices=torch.tensor([row.choice for row in rows], device=DEVICE),
         positions=torch.tensor([row.position for row in rows], device=DEVICE),
@@ -165,7 +165,7 @@ def test_the_draw_is_its_formula() -> None:
         name: getattr(draw, name)[draw.filtered]
         for name in ("temperatures", "top_k", "top_p", "min_p", "seeds", "choices", "positions")
     }
-    kept[draw.filtered] = kept_by_cut(some, replace(draw, filtered=(), **part))
+    kept[draw.filtered] = kept_by_cut(some, replace(draw, **part))
     noise = gumbel_torch(draw.seeds, draw.choices, draw.positions, VOCAB)
     shifted = logits - logits.amax(1, keepdim=True)
     warm = shifted / draw.temperatures[:, None] + noise
