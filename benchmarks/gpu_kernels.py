@@ -1,6 +1,6 @@
 """Which products give one set of bits on this GPU, and how fast the Triton provider's ops are.
 
-    python benchmarks/gpu_kernels.py [--models qwen3-8b smollm2] [--rows 1 16 512] [--dtype bfloat16]
+    python benchmarks/gpu_kernels.py [--models qwen3-8b smollm2] [--rows 1 16] [--dtype bfloat16]
 
 Every time is of one CUDA graph: for a projection over so many weights of its shape that no cache
 holds them, for a model over the linears of all its layers. GB/s counts a weight read once, and is
@@ -69,15 +69,17 @@ def graph_ms(run: Callable[[], object], replays: int = 15) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    pairs = []
+    pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for _ in range(replays):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
         pairs.append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs)
+    times: list[float] = [start.elapsed_time(end) for start, end in pairs]
+    return statistics.median(times)
 
 
 def copy_rate() -> float:

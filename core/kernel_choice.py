@@ -89,12 +89,13 @@ def check_decoder(
 ) -> tuple[list[Mismatch], str]:
     """Judge the very linears and kernels that will serve; the mismatches and a digest."""
     model = decoder.config
+    device = decoder.embed_tokens.device
     results = (
-        check_linear(decoder.linears(), _ROWS, dtype),
+        check_linear(decoder.linears(), _ROWS, dtype, device),
         check_attention(
-            kernels, model.num_q_heads, model.num_kv_heads, model.head_dim, page_size, dtype
+            kernels, model.num_q_heads, model.num_kv_heads, model.head_dim, page_size, dtype, device
         ),
-        check_rowwise(kernels, model.hidden_size, model.vocab_size),
+        check_rowwise(kernels, model.hidden_size, model.vocab_size, device),
     )
     mismatches = [mismatch for result in results for mismatch in result.mismatches]
     return mismatches, combined_digest(results)

@@ -86,7 +86,7 @@ class Decoder:
         self.lm_head = kernels.linear(self.embed_tokens if tied else weight(LM_HEAD))
         self.cos_sin = cos_sin_table(
             config.head_dim, config.rope_theta, config.rope_scaling, max_model_len
-        )
+        ).to(self.embed_tokens.device)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the final norm, ``[T, hidden_size]``.
