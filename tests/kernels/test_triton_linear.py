@@ -20,7 +20,7 @@ from isobit.errors import ConfigError, EngineError
 from isobit.kernels.triton import candidates as ways
 from isobit.kernels.triton.candidates import BUCKETS, CublasLt, TileCandidate, bucket_of, canonical
 from isobit.kernels.triton.choices import ChoiceFile, Chooser, Problem, random_rows, same_bits
-from isobit.kernels.triton.linear import TritonLinear
+from isobit.kernels.triton.linear import TritonLinear, chooser
 from isobit.kernels.triton.matmul import CANONICAL, FLOAT_TILES, HALF_TILES, Tile, matmul
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,6 +40,13 @@ def _ascending_dot(monkeypatch: pytest.MonkeyPatch) -> None:
         return interpreter.TensorHandle(total, d.dtype.scalar)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a GPU, choices are made anew and leave the user's file alone."""
+    monkeypatch.setenv("ISOBIT_CACHE", str(tmp_path / "cache"))
+    chooser.cache_clear()
 
 
 def rows_of(count: int, depth: int, dtype: torch.dtype) -> Tensor:
@@ -234,3 +241,22 @@ def test_the_judge_sees_outliers() -> None:
     x = random_rows(PROBLEM, DEVICE).abs()
     assert x.shape == (4, 300)
     assert x[:, 5::97].mean() > 30 * x.mean(dim=0).median()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_a_graph_needs_its_choice_before() -> None:
+    linear = TritonLinear(weight_of(256, 512, torch.bfloat16))
+    x = rows_of(5, 512, torch.bfloat16)
+    with (
+        pytest.raises(EngineError, match="before its capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        linear(x)
+    linear.tune(5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = linear(x)
+    graph.replay()
+    assert same_bits(out, linear(x))
+    assert not chooser(DEVICE).demoted

@@ -13,8 +13,9 @@ pytest.importorskip("triton", reason="needs the package triton")
 
 from isobit.kernels.dispatch import load_kernels
 from isobit.kernels.elementary import exp_f32, log_f64
-from isobit.kernels.kernel_set import KernelSet, QkNorm
+from isobit.kernels.kernel_set import Draw, KernelSet, QkNorm
 from isobit.kernels.rope import rope_table
+from isobit.kernels.selfcheck import check_rowwise
 from isobit.kernels.triton.choices import same_bits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -190,3 +191,16 @@ def test_no_rows(ours: KernelSet) -> None:
     assert ours.silu_mul(normal(2, 8)[:0]).shape == (0, 4)
     assert ours.log_softmax(normal(2, 8)[:0]).shape == (0, 8)
     assert ours.rope_qkv(qkv[:0], 5, 2, norm, table, positions[:0])[1].shape == (0, 2, 24)
+
+
+def test_the_self_check_passes_and_covers_the_draw(ours: KernelSet) -> None:
+    assert check_rowwise(ours, 96, 200, DEVICE).mismatches == []
+    choose = ours.choose
+    assert choose is not None
+
+    def by_the_batch(logits: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        ids, scores = choose(logits, draw)
+        return ids, scores + len(logits)
+
+    broken = check_rowwise(replace(ours, choose=by_the_batch), 96, 200, DEVICE)
+    assert [str(m) for m in broken.mismatches] == ["choose: other bits in a batch of 3 rows"]
