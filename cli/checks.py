@@ -236,7 +236,7 @@ def _packaged_model() -> Finding:
 
 def _cache() -> Finding:
     """The cache folder, or the nearest folder above it that exists, must be writable."""
-    from ..models.smollm2 import cache_folder
+    from ..folders import cache_folder
 
     folder = cache_folder()
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())

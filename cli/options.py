@@ -60,7 +60,9 @@ def engine_options(function: F) -> F:
             help="Hold every invariance, or lift the constraints.",
         ),
         click.option("--dtype", default="auto", show_default=True, help="float32 or bfloat16."),
-        click.option("--kernels", default="auto", show_default=True, help="native or torch."),
+        click.option(
+            "--kernels", default="auto", show_default=True, help="native, torch or triton."
+        ),
         click.option(
             "--load-format",
             default="auto",

@@ -43,8 +43,9 @@ class EngineConfig:
     :param cuda_graph: capture and replay CUDA graphs.
     :param load_format: ``"auto"`` (safetensors) or ``"random"`` (from a config alone).
     :param load_seed: seed of random weights.
-    :param kernels: ``"native"``, ``"torch"``, ``"auto"``; or ``"library"``, torch's own default
-        kernels, which hold no contract and need ``deterministic=False``.
+    :param kernels: ``"native"`` (CPU), ``"triton"`` (CUDA), ``"torch"``, ``"auto"``; or
+        ``"library"``, torch's own default kernels, which hold no contract and need
+        ``deterministic=False``.
     :param disable_plugins: entry-point names that are not loaded.
     :param strict_plugins: any broken plugin is an error, also one that nobody asked for.
     :raises ConfigError: an option out of its range.
@@ -82,7 +83,7 @@ class EngineConfig:
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         _one_of("device", self.device, DEVICES)
         _one_of("load_format", self.load_format, ("auto", "random"))
-        _one_of("kernels", self.kernels, ("auto", "native", "torch", "library"))
+        _one_of("kernels", self.kernels, ("auto", "native", "torch", "triton", "library"))
         for name in ("chunked_prefill", "radix_cache", "cuda_graph"):
             _one_of(name, getattr(self, name), (True, False, "auto"))
         for name, low, high in (

@@ -27,8 +27,8 @@ from ..models.decoder import Decoder
 from ..models.registry import build_model
 from .config import EngineConfig
 
-_PREFERENCE = ("native", "torch")
-"""The order in which ``auto`` tries the providers: by measured speed."""
+_PREFERENCE = {"cpu": ("native", "torch"), "cuda": ("triton", "torch")}
+"""The order in which ``auto`` tries a device's providers: by measured speed."""
 
 _ROWS = (*range(1, 18), 24, 31, 48, 64, 100, 129)
 """Batch sizes of the self-check: every remainder of the kernels' row tiles, and larger ones."""
@@ -62,10 +62,10 @@ def choose_kernels(
         kernels = load_kernels(name, device)
         decoder = build_model(model, weights, kernels, dtype, max_model_len)
         return KernelChoice(kernels, decoder, "unchecked", "deterministic=False: not checked")
-    names = _PREFERENCE if config.kernels == "auto" else (config.kernels,)
+    names = _PREFERENCE[device.type] if config.kernels == "auto" else (config.kernels,)
     demoted: list[str] = []
     for name in names:
-        reason = unavailable_reason(name)
+        reason = unavailable_reason(name, device)
         if reason is not None:
             if config.kernels != "auto":
                 raise ConfigError(f"kernels={name!r} cannot run here: {reason}")
@@ -89,12 +89,13 @@ def check_decoder(
 ) -> tuple[list[Mismatch], str]:
     """Judge the very linears and kernels that will serve; the mismatches and a digest."""
     model = decoder.config
+    device = decoder.embed_tokens.device
     results = (
-        check_linear(decoder.linears(), _ROWS, dtype),
+        check_linear(decoder.linears(), _ROWS, dtype, device),
         check_attention(
-            kernels, model.num_q_heads, model.num_kv_heads, model.head_dim, page_size, dtype
+            kernels, model.num_q_heads, model.num_kv_heads, model.head_dim, page_size, dtype, device
         ),
-        check_rowwise(kernels, model.hidden_size, model.vocab_size),
+        check_rowwise(kernels, model.hidden_size, model.vocab_size, device),
     )
     mismatches = [mismatch for result in results for mismatch in result.mismatches]
     return mismatches, combined_digest(results)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..errors import ConfigError
 from . import activation, attention, library_defaults, linear, logits, norm, philox, rope
 from .kernel_set import KernelSet
 from .native import library
+from .triton import launch
 
 PROVIDERS = ("native", "torch")
 """Those that keep the contracts, in the order of preference."""
@@ -21,9 +24,11 @@ _NATIVE = KernelSet(
     rms_norm=norm.rms_norm_native,
     add_rms_norm=norm.add_rms_norm_native,
     rope=rope.rope_native,
+    rope_qkv=rope.split_norm_rope(norm.rms_norm_native, rope.rope_native),
     silu_mul=activation.silu_mul_native,
     log_softmax=logits.log_softmax_native,
     gumbel=philox.gumbel_native,
+    choose=None,
     write_kv=attention.write_kv,
     paged_attention=attention.paged_attention_native,
 )
@@ -34,9 +39,11 @@ _TORCH = KernelSet(
     rms_norm=norm.rms_norm_torch,
     add_rms_norm=norm.add_rms_norm_torch,
     rope=rope.rope_torch,
+    rope_qkv=rope.split_norm_rope(norm.rms_norm_torch, rope.rope_torch),
     silu_mul=activation.silu_mul_torch,
     log_softmax=logits.log_softmax_torch,
     gumbel=philox.gumbel_torch,
+    choose=None,
     write_kv=attention.write_kv,
     paged_attention=attention.paged_attention_torch,
 )
@@ -47,9 +54,11 @@ _LIBRARY = KernelSet(
     rms_norm=library_defaults.rms_norm_library,
     add_rms_norm=library_defaults.add_rms_norm_library,
     rope=rope.rope_torch,
+    rope_qkv=rope.split_norm_rope(library_defaults.rms_norm_library, rope.rope_torch),
     silu_mul=library_defaults.silu_mul_library,
     log_softmax=library_defaults.log_softmax_library,
     gumbel=philox.gumbel_torch,
+    choose=None,
     write_kv=attention.write_kv,
     paged_attention=library_defaults.paged_attention_library,
 )
@@ -57,29 +66,56 @@ _LIBRARY = KernelSet(
 _SETS = {kernels.name: kernels for kernels in (_NATIVE, _TORCH, _LIBRARY)}
 
 
+@functools.cache
+def _triton() -> KernelSet:
+    """Made when it is first asked for: its modules import Triton."""
+    from .triton import activation as activation_
+    from .triton import choose, linear, logits, norm, philox, rope_qk
+
+    return KernelSet(
+        name="triton",
+        linear=linear.TritonLinear,
+        rms_norm=norm.rms_norm,
+        add_rms_norm=norm.add_rms_norm,
+        rope=rope_qk.rope,
+        rope_qkv=rope_qk.rope_qkv,
+        silu_mul=activation_.silu_mul,
+        log_softmax=logits.log_softmax,
+        gumbel=philox.gumbel,
+        choose=choose.choose,
+        write_kv=attention.write_kv,
+        paged_attention=attention.paged_attention_torch,
+    )
+
+
 def load_kernels(name: str = "auto", device: torch.device | None = None) -> KernelSet:
-    """The provider ``name`` ("native", "torch", "library"), or for "auto" the first of
-    ``PROVIDERS`` that can run.
+    """The provider ``name`` ("native", "torch", "triton", "library"), or for "auto" the first that
+    can run: of ``PROVIDERS`` on the CPU, of "triton" and "torch" on a CUDA device.
 
     :param device: where the tensors live; the CPU if None
     :raises ConfigError: an unknown provider, or one that cannot run here
     """
-    on_cpu = device is None or device.type == "cpu"
+    device = device or torch.device("cpu")
     if name == "auto":
-        return _NATIVE if on_cpu and unavailable_reason("native") is None else _TORCH
-    reason = unavailable_reason(name)
-    if reason is None and name == "native" and not on_cpu:
-        reason = f"it runs on the CPU only, and the device is {device}"
+        preferred = {"cpu": PROVIDERS, "cuda": ("triton", "torch")}.get(device.type, ("torch",))
+        name = next(p for p in preferred if unavailable_reason(p, device) is None)
+    reason = unavailable_reason(name, device)
     if reason is not None:
         raise ConfigError(
             f"kernels={name!r} cannot be used: {reason}. Use kernels='auto' to take the best that "
             f"can run here."
         )
-    return _SETS[name]
+    return _triton() if name == "triton" else _SETS[name]
 
 
-def unavailable_reason(name: str) -> str | None:
-    """Why the provider ``name`` cannot run on this machine's CPU; None if it can."""
+def unavailable_reason(name: str, device: torch.device | None = None) -> str | None:
+    """Why the provider ``name`` cannot run on ``device``, the CPU if None; None if it can."""
+    device = device or torch.device("cpu")
+    if name == "triton":
+        return launch.unavailable_reason(device)
     if name not in _SETS:
-        return f"unknown provider; there are {', '.join(map(repr, _SETS))} and 'auto'"
+        known = ", ".join(map(repr, (*_SETS, "triton")))
+        return f"unknown provider; there are {known} and 'auto'"
+    if name == "native" and device.type != "cpu":
+        return f"it runs on the CPU only, and the device is {device}"
     return library.unavailable_reason() if name == "native" else None

@@ -27,6 +27,40 @@ class Linear(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class QkNorm:
+    """The RMS norm over each head of q and of k before RoPE: weights ``[D]``, and epsilon."""
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+
+RopeQkv = Callable[[Tensor, int, int, QkNorm | None, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """How each of ``R`` rows is sampled, on the logits' device.
+
+    temperatures: fp32 ``[R]``; 0 takes the highest logit
+    top_k:        int64 ``[R]``; the vocabulary's size where it is off
+    top_p:        fp64 ``[R]``; 1 where it is off
+    min_p:        fp32 ``[R]``; 0 where it is off
+    filtered:     int64 ``[F]``, the rows, none of them greedy, in which one of these three is on
+    seeds, choices, positions: int64 ``[R]``, the noise's key
+    """
+
+    temperatures: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    filtered: Tensor
+    seeds: Tensor
+    choices: Tensor
+    positions: Tensor
+
+
 @dataclass(frozen=True)
 class KernelSet:
     """One provider's implementation of every op.
@@ -39,9 +73,14 @@ class KernelSet:
     add_rms_norm:    (x, residual, weight, eps) -> (rms_norm(x + residual), x + residual)
     rope:            (q ``[T, Hq, D]``, k ``[T, Hk, D]``, cos_sin fp32 ``[max_pos, D]``,
                      positions int64 ``[T]``) -> rotated (q, k)
+    rope_qkv:        (qkv ``[T, (Hq + 2 Hk) D]``, Hq, Hk, QkNorm or None, cos_sin, positions)
+                     -> q, k, v ``[T, heads, D]``, contiguous, q and k normed and rotated
     silu_mul:        gate_up ``[T, 2I]`` -> silu(gate) * up ``[T, I]``
     log_softmax:     fp32 ``[R, V]`` -> fp32 ``[R, V]``
     gumbel:          (seeds, choices, positions: int64 ``[R]``, vocab_size) -> fp32 ``[R, V]``
+    choose:          (edited logits fp32 ``[R, V]``, Draw) -> (token ids int64 ``[R]``, their scores
+                     fp32 ``[R]``, not finite where no token is possible); None where the sampler
+                     does this out of ``log_softmax`` and ``gumbel``
     write_kv:        (k ``[T, Hk, D]``, v, k_cache ``[P, page_size, Hk, D]``, v_cache,
                      slot_mapping int64 ``[T]``) -> None
     paged_attention: (q ``[T, Hq, D]``, k_cache, v_cache, block_table int32 ``[B, max_pages]``,
@@ -53,8 +92,10 @@ class KernelSet:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    rope_qkv: RopeQkv
     silu_mul: Callable[[Tensor], Tensor]
     log_softmax: Callable[[Tensor], Tensor]
     gumbel: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    choose: Callable[[Tensor, Draw], tuple[Tensor, Tensor]] | None
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]

@@ -7,9 +7,12 @@ in fp32, every product and sum rounded (no fma), and rounded to x.dtype once at 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from .kernel_set import QkNorm, RopeQkv
 from .native.library import library
 
 
@@ -62,3 +65,29 @@ def rope_native(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tup
     cos_sin = cos_sin.contiguous()
     positions = positions.long().contiguous()
     return rotate(q), rotate(k)
+
+
+def split_norm_rope(
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor],
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> RopeQkv:
+    """``rope_qkv`` out of a provider's own norm and rotation, one after the other."""
+
+    def rope_qkv(
+        qkv: Tensor,
+        num_q_heads: int,
+        num_kv_heads: int,
+        norm: QkNorm | None,
+        cos_sin: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        heads = qkv.view(len(qkv), -1, cos_sin.shape[-1])
+        q, k, v = (
+            part.contiguous()
+            for part in torch.split(heads, [num_q_heads, num_kv_heads, num_kv_heads], dim=1)
+        )
+        if norm is not None:
+            q, k = rms_norm(q, norm.q, norm.eps), rms_norm(k, norm.k, norm.eps)
+        return *rope(q, k, cos_sin, positions), v
+
+    return rope_qkv

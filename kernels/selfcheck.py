@@ -16,7 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .kernel_set import KernelSet, Linear
+from .kernel_set import Draw, KernelSet, Linear, QkNorm
 from .linear import PANEL, NativeLinear
 from .rope import rope_table
 from .threads import one_thread
@@ -26,6 +26,7 @@ OUTLIER_FACTOR = 100.0
 THREAD_CHECK_ROWS = 64
 MAX_OUTPUTS = 1 << 22  # of one batch: bounds the time that a vocabulary's projection takes
 CANONICAL_ROWS = 3
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,10 @@ class CheckResult:
 
 
 def check_linear(
-    linears: Mapping[str, Linear], rows: Sequence[int], dtype: torch.dtype
+    linears: Mapping[str, Linear],
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device = _CPU,
 ) -> CheckResult:
     """Compare fp32 accumulators: batches of ``rows`` rows, each row alone, one thread, canonical.
 
@@ -76,16 +80,21 @@ def check_linear(
         shape = (type(linear), linear.out_features, linear.in_features)
         if shape not in shapes:
             shapes.add(shape)
-            _check_one_linear(result, name, linear, sorted(set(rows)), dtype)
+            _check_one_linear(result, name, linear, sorted(set(rows)), dtype, device)
     return result
 
 
 def _check_one_linear(
-    result: CheckResult, name: str, linear: Linear, rows: Sequence[int], dtype: torch.dtype
+    result: CheckResult,
+    name: str,
+    linear: Linear,
+    rows: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> None:
     op = f"linear {name} [{linear.out_features}, {linear.in_features}]"
     rows = [m for m in rows if m == rows[0] or m * linear.out_features <= MAX_OUTPUTS]
-    x = _outliers(rows[-1], linear.in_features).to(dtype)
+    x = _outliers(rows[-1], linear.in_features).to(device, dtype)
     probes = sorted({0, *(m - 1 for m in rows)})
     alone = {i: linear.accumulators(x[i : i + 1])[0] for i in probes}
     for i in probes:
@@ -117,6 +126,7 @@ def check_attention(
     head_dim: int,
     page_size: int,
     dtype: torch.dtype,
+    device: torch.device = _CPU,
 ) -> CheckResult:
     """Compare a prefill with its chunks, with decode steps, with neighbours and one thread.
 
@@ -125,31 +135,41 @@ def check_attention(
     result = CheckResult()
     length = 131
     pages = -(-length // page_size)
-    k_cache = torch.full((2 * pages + 1, page_size, num_kv_heads, head_dim), torch.nan, dtype=dtype)
+    shape = (2 * pages + 1, page_size, num_kv_heads, head_dim)
+    k_cache = torch.full(shape, torch.nan, dtype=dtype, device=device)
     v_cache = k_cache.clone()
     # The sequence's pages in descending order, then a shorter neighbour's.
-    table = torch.arange(2 * pages, 0, -1, dtype=torch.int32).view(2, pages)
-    slots = table[0].long()[:, None] * page_size + torch.arange(page_size)
-    neighbour = table[1].long()[:, None] * page_size + torch.arange(page_size)
+    table = torch.arange(2 * pages, 0, -1, dtype=torch.int32, device=device).view(2, pages)
+    in_page = torch.arange(page_size, device=device)
+    slots = table[0].long()[:, None] * page_size + in_page
+    neighbour = table[1].long()[:, None] * page_size + in_page
     # Outliers in v only: in q and k they would put each row's whole weight on one position.
-    q = _normal(length, num_q_heads * head_dim).view(length, num_q_heads, head_dim).to(dtype)
-    k = _normal(length, num_kv_heads * head_dim).view(length, num_kv_heads, head_dim).to(dtype)
-    v = _outliers(length, num_kv_heads * head_dim).view(k.shape).to(dtype)
+    q = (
+        _normal(length, num_q_heads * head_dim)
+        .view(length, num_q_heads, head_dim)
+        .to(device, dtype)
+    )
+    k = (
+        _normal(length, num_kv_heads * head_dim)
+        .view(length, num_kv_heads, head_dim)
+        .to(device, dtype)
+    )
+    v = _outliers(length, num_kv_heads * head_dim).view(k.shape).to(device, dtype)
     kernels.write_kv(k, v, k_cache, v_cache, slots.flatten()[:length])
     kernels.write_kv(k[:70], v[:70], k_cache, v_cache, neighbour.flatten()[:70])
 
     def attend(parts: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """parts: (sequence, first position, end) -> the rows of each."""
-        out = torch.empty(sum(end - first for _, first, end in parts), num_q_heads, head_dim)
-        out = out.to(dtype)
+        rows = sum(end - first for _, first, end in parts)
+        out = torch.empty(rows, num_q_heads, head_dim, dtype=dtype, device=device)
         lens = torch.tensor([0, *(end - first for _, first, end in parts)], dtype=torch.int32)
         kernels.paged_attention(
             torch.cat([q[first:end] for _, first, end in parts]),
             k_cache,
             v_cache,
             table[[b for b, _, _ in parts]],
-            lens.cumsum(0, dtype=torch.int32),
-            torch.tensor([end for _, _, end in parts], dtype=torch.int32),
+            lens.cumsum(0, dtype=torch.int32).to(device),
+            torch.tensor([end for _, _, end in parts], dtype=torch.int32, device=device),
             head_dim**-0.5,
             out,
         )
@@ -174,30 +194,43 @@ def check_attention(
     return result
 
 
-def check_rowwise(kernels: KernelSet, hidden: int, vocab: int) -> CheckResult:
+def check_rowwise(
+    kernels: KernelSet, hidden: int, vocab: int, device: torch.device = _CPU
+) -> CheckResult:
     """Compare rows in a batch with rows alone, and with one thread, for the row-wise ops."""
     result = CheckResult()
-    weight = _outliers(1, hidden)[0]
-    residual = _outliers(33, hidden).flip(0)
-    table = rope_table(torch.logspace(0, -4, 32), 64)
+    weight = _outliers(1, hidden)[0].to(device)
+    table = rope_table(torch.logspace(0, -4, 32), 64).to(device)
+    norm = QkNorm(_normal(1, 64)[0].to(device), _normal(2, 64)[1].to(device), 1e-6)
 
     def rope(x: Tensor, positions: Tensor) -> Tensor:
         heads = x.view(x.shape[0], -1, 64)
         return torch.cat(kernels.rope(heads, heads[:, :1], table, positions), dim=1).flatten(1)
+
+    def rope_qkv(x: Tensor, positions: Tensor) -> Tensor:
+        return torch.cat(kernels.rope_qkv(x, 1, 1, norm, table, positions), dim=1).flatten(1)
 
     seeds = torch.tensor([0, -1, 42])
     ops: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
         "rms_norm": (lambda x: kernels.rms_norm(x, weight, 1e-5), [_outliers(33, hidden)]),
         "add_rms_norm": (
             lambda x, r: torch.cat(kernels.add_rms_norm(x, r, weight, 1e-5), dim=-1),
-            [_outliers(33, hidden), residual],
+            [_outliers(33, hidden), _outliers(33, hidden).flip(0)],
         ),
         "rope": (rope, [_outliers(33, 3 * 64), torch.arange(33)]),
+        "rope_qkv": (rope_qkv, [_outliers(33, 3 * 64), torch.arange(33)]),
         "silu_mul": (kernels.silu_mul, [_outliers(33, 2 * hidden)]),
         "log_softmax": (kernels.log_softmax, [_outliers(3, vocab)]),
         "gumbel": (lambda s, c, p: kernels.gumbel(s, c, p, vocab), [seeds, seeds.abs(), seeds + 1]),
     }
-    for op, (run, inputs) in ops.items():
+    choose = kernels.choose
+    if choose is not None:
+        ops["choose"] = (
+            lambda x, s: choose(x, _filtered_draw(s))[1],
+            [_outliers(3, vocab), seeds],
+        )
+    for op, (run, on_cpu) in ops.items():
+        inputs = [t.to(device) for t in on_cpu]
         batch = run(*inputs)
         result.record(batch)
         alone = [run(*(t[i : i + 1] for t in inputs)) for i in range(batch.shape[0])]
@@ -205,6 +238,21 @@ def check_rowwise(kernels: KernelSet, hidden: int, vocab: int) -> CheckResult:
         with one_thread():
             result.expect_equal(op, "with one thread", batch, run(*inputs))
     return result
+
+
+def _filtered_draw(seeds: Tensor) -> Draw:
+    """Every filter on, for as many rows as seeds."""
+    rows = torch.arange(len(seeds), device=seeds.device)
+    return Draw(
+        temperatures=torch.full_like(seeds, 3, dtype=torch.float32),
+        top_k=torch.full_like(seeds, 50),
+        top_p=torch.full_like(seeds, 0.9, dtype=torch.float64),
+        min_p=torch.full_like(seeds, 1e-3, dtype=torch.float32),
+        filtered=rows,
+        seeds=seeds,
+        choices=seeds,
+        positions=seeds,
+    )
 
 
 def combined_digest(results: Iterable[CheckResult]) -> str:

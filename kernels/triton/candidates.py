@@ -1,0 +1,109 @@
+"""Ways to compute a linear of one shape that may give the canonical tile's bits.
+
+Triton's tiles look at a row's own values only, so one proof holds for every batch. cuBLASLt picks
+its algorithm from the shape: it is only ever called with the row count of a bucket, the shape that
+it was judged with, and the rows that are missing are zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .launch import aligned
+from .matmul import CANONICAL, FLOAT_TILES, HALF_TILES, Tile, matmul
+
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Row counts that a choice is made for; a batch uses the smallest that holds it."""
+
+
+class Candidate(Protocol):
+    """One way to compute ``x @ W^T``; ``name`` identifies it in the cache."""
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+        """x ``[M, K]`` with M at most ``bucket``, weight ``[N, K]``, both aligned -> ``[M, N]``."""
+        ...
+
+
+class TileCandidate:
+    """The Triton kernel with one tile."""
+
+    def __init__(self, tile: Tile) -> None:
+        self.tile = tile
+        self.name = str(tile)
+
+    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+        return matmul(x, weight, out_dtype, self.tile)
+
+
+class CublasLt:
+    """cuBLASLt without split K, on exactly ``bucket`` rows."""
+
+    name = "cublaslt"
+
+    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+        rows = x.shape[0]
+        if rows < bucket:
+            padded = x.new_empty(bucket, x.shape[1])
+            padded[:rows] = x
+            padded[rows:] = 0
+            x = padded
+        with one_accumulator():
+            if out_dtype == x.dtype:
+                return functional.linear(x, weight)[:rows]
+            return torch.mm(x, weight.t(), out_dtype=out_dtype)[:rows]
+
+
+@contextmanager
+def one_accumulator() -> Iterator[None]:
+    """torch's products go to cuBLASLt, which neither splits K nor rounds partial sums."""
+    switches = torch.backends.cuda.matmul
+    library = torch.backends.cuda.preferred_blas_library()
+    names = tuple(f"allow_{kind}_reduced_precision_reduction" for kind in ("bf16", "fp16"))
+    before = {
+        name: (getattr(switches, name), getattr(switches, f"{name}_split_k")) for name in names
+    }
+    try:
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+        for name in names:
+            setattr(switches, name, (False, False))
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(library)
+        for name, value in before.items():
+            setattr(switches, name, value)
+
+
+def canonical(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """What every candidate must reproduce bit for bit."""
+    return matmul(x, weight, out_dtype, CANONICAL)
+
+
+def candidates(dtype: torch.dtype, bucket: int) -> Sequence[Candidate]:
+    """Those worth a try for ``bucket`` rows; the canonical tile is always among them.
+
+    Tiles far taller than the bucket are left out. fp32 has no cuBLASLt: its reduction order for
+    fp32 is not that of the tiles.
+    """
+    tiles = FLOAT_TILES if dtype == torch.float32 else HALF_TILES
+    fitting = [tile for tile in tiles if tile.rows <= max(16, bucket)]
+    found: list[Candidate] = [TileCandidate(tile) for tile in (CANONICAL, *fitting)]
+    return found if dtype == torch.float32 else [*found, CublasLt()]
+
+
+def bucket_of(rows: int) -> int:
+    """The smallest bucket that holds ``rows``, at most ``BUCKETS[-1]``."""
+    return next(bucket for bucket in BUCKETS if bucket >= rows)
+
+
+def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as the candidates take them: in the weight's dtype, contiguous, aligned."""
+    return aligned(x.to(dtype))

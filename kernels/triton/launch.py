@@ -1,0 +1,44 @@
+"""What every launch has in common: where kernels can run, and operands of one alignment.
+
+Triton compiles a variant of a kernel for pointers that are multiples of 16 bytes, and a library may
+choose its algorithm by alignment. Another variant may add in another order, so every operand is
+aligned before it is handed over, and row counts are never specialised on.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+ALIGNMENT = 256
+"""Bytes; the coarsest that torch tells cuBLASLt about, and less than its allocator gives."""
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs the kernels, on the CPU. It truncates to bf16."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable_reason(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of ``device``; None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed; run: pip install triton"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return (
+            "it runs on CUDA devices; on the CPU only in Triton's interpreter, TRITON_INTERPRET=1"
+        )
+    return None if device.type == "cuda" else f"it runs on CUDA devices, and the device is {device}"
+
+
+def aligned(x: Tensor) -> Tensor:
+    """``x``, or a copy of it, contiguous and starting at a multiple of ``ALIGNMENT`` bytes.
+
+    Off the GPU there are no variants, and a contiguous tensor is returned as it is.
+    """
+    x = x.contiguous()
+    return x.clone() if x.is_cuda and x.data_ptr() % ALIGNMENT else x

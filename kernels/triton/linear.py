@@ -1,0 +1,60 @@
+"""``y = x @ W^T`` on the GPU, each shape by the fastest way that keeps one order.
+
+Contract: ``matmul.py``'s, whatever computes it: K ascending into one fp32 accumulator, never split.
+Which candidate runs is chosen a weight shape and a row-count bucket at a time (``choices.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .candidates import BUCKETS, bucket_of, canonical, prepared
+from .choices import Chooser, Problem, choice_file, median_ms
+from .launch import aligned
+
+
+@functools.cache
+def chooser(device: torch.device) -> Chooser:
+    """The one that serves every linear on a CUDA device."""
+    return Chooser(choice_file(device), median_ms)
+
+
+class TritonLinear:
+    """A weight ``[N, K]`` in bf16, fp16 or fp32, kept where it is: it must not change afterwards.
+
+    In Triton's interpreter the canonical tile computes every product.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._weight = aligned(weight.detach())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x, self._weight.dtype).to(x.dtype)
+
+    def accumulators(self, x: Tensor) -> Tensor:
+        return self._product(x, torch.float32)
+
+    def tune(self, rows: int) -> None:
+        """Choose now how ``rows`` rows are computed, with either result, before graphs need it."""
+        x = self._weight.new_zeros(rows, self.in_features)
+        self(x)
+        self.accumulators(x)
+
+    def _product(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        parts = [
+            self._bucket(prepared(part, self._weight.dtype), out_dtype)
+            for part in x.split(BUCKETS[-1])
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _bucket(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+        weight = self._weight
+        if not weight.is_cuda or x.shape[0] == 0:
+            return canonical(x, weight, out_dtype)
+        bucket = bucket_of(x.shape[0])
+        problem = Problem(self.out_features, self.in_features, weight.dtype, out_dtype, bucket)
+        return chooser(weight.device).choose(problem, weight)(x, weight, out_dtype, bucket)

@@ -1,0 +1,122 @@
+"""The tiled product ``x @ W^T``.
+
+Contract: one fp32 accumulator per output, from zero, walks K in ascending order; inside one
+tensor-core instruction the hardware's own order holds. K is never split, and what a tile's size is
+changes no bit: the tail of K is filled with zeros. fp32 inputs are multiplied in fp32, not TF32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch import interpreted
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Rows, columns and depth of a tile; warps that share it; loads in flight."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"triton {self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages}"
+
+
+CANONICAL = Tile(16, 32, 128, 4, 3)
+"""The tile that every other candidate is compared with, and that runs where nothing is tuned."""
+
+HALF_TILES = (
+    Tile(16, 16, 256, 4, 4),
+    Tile(16, 32, 64, 4, 6),
+    Tile(16, 32, 256, 4, 4),
+    Tile(16, 32, 512, 4, 3),
+    Tile(16, 64, 128, 4, 5),
+    Tile(32, 32, 256, 4, 3),
+    Tile(32, 64, 64, 4, 5),
+    Tile(64, 32, 128, 4, 4),
+    Tile(64, 64, 64, 4, 5),
+    Tile(128, 64, 64, 4, 4),
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 256, 64, 8, 3),
+)
+"""For bf16 and fp16; each fits into the shared memory of Ampere and later data-centre GPUs."""
+
+FLOAT_TILES = (Tile(16, 32, 64, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _matmul(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    # Programs of the same columns are neighbours, so that W is read from memory once.
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    m = (pid % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (pid // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # 64-bit: a vocabulary's weight has more than 2^31 elements in large models.
+    x_at = x_ptr + m[:, None].to(tl.int64) * K + k[None, :]
+    w_at = w_ptr + n[None, :].to(tl.int64) * K + k[:, None]
+    m_in, n_in = m[:, None] < M, n[None, :] < N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if WHOLE_K:
+            x = tl.load(x_at, mask=m_in, other=0.0)
+            w = tl.load(w_at, mask=n_in, other=0.0)
+        else:
+            x = tl.load(x_at, mask=m_in & (k[None, :] < K - start), other=0.0)
+            w = tl.load(w_at, mask=n_in & (k[:, None] < K - start), other=0.0)
+        if WIDEN:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    out_at = out_ptr + m[:, None].to(tl.int64) * N + n[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=m_in & n_in)
+
+
+def matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype, tile: Tile = CANONICAL) -> Tensor:
+    """x ``[M, K]``, weight ``[N, K]``, both aligned (``launch.aligned``) -> ``[M, N]``.
+
+    :param out_dtype: the inputs' dtype, or fp32 for the accumulators as they are
+    """
+    rows, depth = x.shape
+    columns = weight.shape[0]
+    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
+    if rows and columns:
+        _matmul[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+            x,
+            weight,
+            out,
+            rows,
+            columns,
+            depth,
+            BLOCK_M=tile.rows,
+            BLOCK_N=tile.columns,
+            BLOCK_K=tile.depth,
+            WHOLE_K=depth % tile.depth == 0,
+            WIDEN=interpreted(),  # it has no bf16 product
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+            enable_fp_fusion=True,  # in fp32 every step of a sum is one fma
+        )
+    return out

@@ -1,0 +1,262 @@
+"""The tiled product and how its candidates are judged; in Triton's interpreter without a GPU."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="needs the package triton")
+
+from triton.runtime import interpreter
+
+from isobit.errors import ConfigError, EngineError
+from isobit.kernels.triton import candidates as ways
+from isobit.kernels.triton.candidates import BUCKETS, CublasLt, TileCandidate, bucket_of, canonical
+from isobit.kernels.triton.choices import ChoiceFile, Chooser, Problem, random_rows, same_bits
+from isobit.kernels.triton.linear import TritonLinear, chooser
+from isobit.kernels.triton.matmul import CANONICAL, FLOAT_TILES, HALF_TILES, Tile, matmul
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS = (1, 2, 3, 15, 16, 17, 33)
+
+
+@pytest.fixture(autouse=True)
+def _ascending_dot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter leaves ``tl.dot`` to NumPy's BLAS, whose order depends on a row's place in
+    the tile; here it keeps the contract that the hardware is measured to keep."""
+
+    def create_dot(self: object, a, b, d, input_precision, max_num_imprecise_acc):  # type: ignore[no-untyped-def]
+        total = d.data
+        for k in range(a.data.shape[1]):
+            total = total + a.data[:, k, None].astype("f4") * b.data[k].astype("f4")
+        return interpreter.TensorHandle(total, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", create_dot)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a GPU, choices are made anew and leave the user's file alone."""
+    monkeypatch.setenv("ISOBIT_CACHE", str(tmp_path / "cache"))
+    chooser.cache_clear()
+
+
+def rows_of(count: int, depth: int, dtype: torch.dtype) -> Tensor:
+    x = torch.randn(count, depth, generator=torch.Generator().manual_seed(count))
+    x[:, 5::97] *= 100
+    return x.to(DEVICE, dtype)
+
+
+def weight_of(columns: int, depth: int, dtype: torch.dtype) -> Tensor:
+    weight = torch.randn(columns, depth, generator=torch.Generator().manual_seed(columns))
+    return weight.to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("columns", "depth"), [(1, 1), (40, 130), (33, 64), (70, 300)])
+def test_close_to_fp64(columns: int, depth: int, dtype: torch.dtype) -> None:
+    weight, x = weight_of(columns, depth, dtype), rows_of(18, depth, dtype)
+    linear = TritonLinear(weight)
+    exact = x.double() @ weight.double().T
+    size = x.double().abs() @ weight.double().abs().T
+    sums = linear.accumulators(x)
+    assert sums.dtype == torch.float32
+    assert ((sums.double() - exact).abs() <= size * 1e-6).all()
+    out = linear(x)
+    assert out.dtype == dtype
+    step = {torch.float32: 2e-7, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    assert ((out.double() - exact).abs() <= size * 1e-6 + exact.abs() * step + 1e-7).all()
+
+
+def alone_as_in_batches(product: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    alone = torch.cat([product(x[i : i + 1]) for i in range(len(x))])
+    return all(same_bits(product(x[:count]), alone[:count]) for count in ROWS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_its_bits_in_every_batch(dtype: torch.dtype) -> None:
+    linear = TritonLinear(weight_of(40, 300, dtype))
+    x = rows_of(33, 300, dtype)
+    assert alone_as_in_batches(linear.accumulators, x)
+    assert alone_as_in_batches(linear, x)
+
+
+def test_a_split_by_the_batch_is_caught() -> None:
+    weight, x = weight_of(40, 300, torch.float32), rows_of(33, 300, torch.float32)
+
+    def split_if_few(x: Tensor) -> Tensor:
+        if x.shape[0] > 8:
+            return canonical(x, weight, torch.float32)
+        halves = ((x[:, part].contiguous(), weight[:, part].contiguous()) for part in HALVES)
+        low, high = (canonical(a, b, torch.float32) for a, b in halves)
+        return low + high
+
+    assert not alone_as_in_batches(split_if_few, x)
+
+
+HALVES = (slice(0, 150), slice(150, 300))
+
+
+@pytest.mark.parametrize("tile", [CANONICAL, *HALF_TILES[:6], HALF_TILES[8], *FLOAT_TILES], ids=str)
+def test_every_tile_is_the_same_product(tile: Tile) -> None:
+    dtype = torch.float32 if tile in FLOAT_TILES else torch.bfloat16
+    weight, x = weight_of(90, 600, dtype), rows_of(37, 600, dtype)
+    result = matmul(x, weight, torch.float32, tile)
+    assert same_bits(result, canonical(x, weight, torch.float32))
+
+
+def test_views_and_more_rows_than_the_largest_bucket() -> None:
+    weight = weight_of(8, 16, torch.float16)
+    linear = TritonLinear(weight)
+    x = rows_of(BUCKETS[-1] + 3, 32, torch.float16)
+    wide = linear.accumulators(x[:, 3:19])
+    assert same_bits(wide[-4:], linear.accumulators(x[-4:, 3:19].clone()))
+    assert linear(x[:0, :16]).shape == (0, 8)
+
+
+def test_buckets_hold_their_rows() -> None:
+    assert [bucket_of(rows) for rows in (1, 3, 16, 17, 2048)] == [1, 4, 16, 32, 2048]
+
+
+def test_the_switches_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    switches, libraries = torch.backends.cuda.matmul, ["default"]
+
+    def preferred_blas_library(name: str | None = None) -> str:
+        """torch without CUDA refuses to set it."""
+        libraries.extend([name] if name else [])
+        return libraries[-1]
+
+    monkeypatch.setattr(torch.backends.cuda, "preferred_blas_library", preferred_blas_library)
+    before = switches.allow_bf16_reduced_precision_reduction
+    switches.allow_bf16_reduced_precision_reduction = (True, True)
+    try:
+        with ways.one_accumulator():
+            assert libraries[-1] == "cublaslt"
+            assert not switches.allow_bf16_reduced_precision_reduction
+            assert not switches.allow_bf16_reduced_precision_reduction_split_k
+        assert libraries[-1] == "default"
+        assert switches.allow_bf16_reduced_precision_reduction
+        assert switches.allow_bf16_reduced_precision_reduction_split_k
+    finally:
+        switches.allow_bf16_reduced_precision_reduction = before
+
+
+def test_cublaslt_only_sees_whole_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        seen.append(x.shape[0])
+        return x @ weight.T
+
+    monkeypatch.setattr(ways.functional, "linear", linear)
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr(ways, "one_accumulator", nullcontext)
+    weight, x = weight_of(8, 32, torch.float32), rows_of(5, 32, torch.float32)
+    out = CublasLt()(x, weight, torch.float32, 8)
+    assert seen == [8]
+    assert out.shape == (5, 8)
+    torch.testing.assert_close(out, x @ weight.T)
+
+
+class Faulty:
+    """Adds K in two halves: another order."""
+
+    name = "faulty"
+
+    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+        halves = ((x[:, part].contiguous(), weight[:, part].contiguous()) for part in HALVES)
+        low, high = (canonical(a, b, torch.float32) for a, b in halves)
+        return (low + high).to(out_dtype)
+
+
+class Named(TileCandidate):
+    """The canonical tile under another name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(CANONICAL)
+        self.name = name
+
+
+PROBLEM = Problem(40, 300, torch.float32, torch.float32, 4)
+WEIGHT = weight_of(40, 300, torch.float32)
+
+
+def chooser_of(path: Path, names: Sequence[str], times: dict[str, float]) -> Chooser:
+    """One over candidates of these names; the sound ones take these milliseconds."""
+    offered = [Faulty() if name == "faulty" else Named(name) for name in names]
+    queue = iter(times.values())  # a choice that is not timed needs none
+    return Chooser(ChoiceFile(path), lambda run: next(queue), lambda dtype, bucket: offered)
+
+
+def test_the_fastest_sound_candidate_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ("slow", "faulty", "fast")
+    chooser = chooser_of(tmp_path / "c.json", names, {"slow": 2.0, "fast": 1.0})
+    with caplog.at_level(logging.WARNING):
+        assert chooser.choose(PROBLEM, WEIGHT).name == "fast"
+    assert len(chooser.demoted) == 1
+    assert chooser.demoted[0].startswith("faulty: other bits for N40 K300 float32->float32 M4")
+    assert chooser.demoted[0] in caplog.text
+    assert chooser.choose(PROBLEM, WEIGHT).name == "fast"  # without another judgement
+    assert json.loads((tmp_path / "c.json").read_text()) == {str(PROBLEM): "fast"}
+
+
+def test_a_remembered_choice_is_checked_and_not_timed(tmp_path: Path) -> None:
+    path = tmp_path / "c.json"
+    ChoiceFile(path).put(PROBLEM, "slow")
+    assert chooser_of(path, ("slow", "fast"), {}).choose(PROBLEM, WEIGHT).name == "slow"
+    ChoiceFile(path).put(PROBLEM, "faulty")
+    again = chooser_of(path, ("faulty", "fast"), {"fast": 1.0})
+    assert again.choose(PROBLEM, WEIGHT).name == "fast"
+    assert again.demoted
+    assert ChoiceFile(path).get(PROBLEM) == "fast"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"N40": "gone"}'])
+def test_a_damaged_file_is_made_again(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "c.json"
+    path.write_text(content)
+    assert chooser_of(path, ("fast",), {"fast": 1.0}).choose(PROBLEM, WEIGHT).name == "fast"
+    assert ChoiceFile(path).get(PROBLEM) == "fast"
+
+
+def test_errors(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="set ISOBIT_CACHE"):
+        ChoiceFile(tmp_path / "file" / "c.json").put(PROBLEM, "fast")
+    with pytest.raises(EngineError, match="canonical"):
+        chooser_of(tmp_path / "c.json", ("faulty",), {}).choose(PROBLEM, WEIGHT)
+
+
+def test_the_judge_sees_outliers() -> None:
+    x = random_rows(PROBLEM, DEVICE).abs()
+    assert x.shape == (4, 300)
+    assert x[:, 5::97].mean() > 30 * x.mean(dim=0).median()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_a_graph_needs_its_choice_before() -> None:
+    linear = TritonLinear(weight_of(256, 512, torch.bfloat16))
+    x = rows_of(5, 512, torch.bfloat16)
+    with (
+        pytest.raises(EngineError, match="before its capture"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        linear(x)
+    linear.tune(5)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = linear(x)
+    graph.replay()
+    assert same_bits(out, linear(x))
+    assert not chooser(DEVICE).demoted
