@@ -1,0 +1,1 @@
+"""Triton kernels for CUDA devices: paged attention and the writing of K and V."""
