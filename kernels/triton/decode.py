@@ -137,9 +137,7 @@ def _split_kernel(
     in_head = (dims < HEAD_DIM)[None, :]
     stored = rows < GROUP
     places = heads[:, None] * HEAD_DIM + dims[None, :]
-    queries = tl.load(
-        q + seq * (NUM_KV_HEADS * GROUP * HEAD_DIM) + places, mask=in_head, other=0.0
-    )
+    queries = tl.load(q + seq * (NUM_KV_HEADS * GROUP * HEAD_DIM) + places, mask=in_head, other=0.0)
 
     first = begin // SPLIT + tl.program_id(2)
     for split in range(first, tl.cdiv(kv_len, SPLIT), tl.num_programs(2)):

@@ -38,7 +38,7 @@ SUM_COLUMNS = tl.constexpr(16)
 
 @triton.jit
 def fold_split(m, total, acc, split_m, split_total, split_acc):
-    """Fold one finished split into the running state: m ``[R]``, total ``[R, C]``, acc ``[R, D]``."""
+    """Fold a finished split into the running state: m ``[R]``, total ``[R, C]``, acc ``[R, D]``."""
     m_new = tl.maximum(m, split_m)
     anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
     keep = tl.exp2(m - anchor)[:, None]
@@ -86,25 +86,53 @@ def attend_split(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     bulk_start = start
     bulk_stop = tl.maximum(tl.minimum((first_pos + 1) // BLOCK_N * BLOCK_N, stop), start)
+    # Each tile's slots are looked up a tile ahead, so that no load of K waits for the page table.
+    slots = _tile_slots(table, start, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE)
     if WINDOW > 0:
         whole = tl.cdiv(tl.maximum(last_pos - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
         bulk_start = tl.minimum(tl.maximum(whole, start), bulk_stop)
         for at in range(start, bulk_start, BLOCK_N):
             m, total, acc = _attend_tile(
-                m, total, acc, q, row_pos, at, kv_len, k_head, v_head, table, page_stride, factor,
-                cap_factor, BLOCK_N, BLOCK_D, HEAD_DIM, SLOT_STRIDE, PAGE, WINDOW, SOFT_CAP, True,
+                m, total, acc, q, row_pos, at, kv_len, k_head, v_head, slots, factor, cap_factor,
+                BLOCK_N, BLOCK_D, HEAD_DIM, WINDOW, SOFT_CAP, True,
             )  # fmt: skip
+            slots = _tile_slots(
+                table, at + BLOCK_N, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE
+            )
     for at in range(bulk_start, bulk_stop, BLOCK_N):
         m, total, acc = _attend_tile(
-            m, total, acc, q, row_pos, at, kv_len, k_head, v_head, table, page_stride, factor,
-            cap_factor, BLOCK_N, BLOCK_D, HEAD_DIM, SLOT_STRIDE, PAGE, WINDOW, SOFT_CAP, False,
+            m, total, acc, q, row_pos, at, kv_len, k_head, v_head, slots, factor, cap_factor,
+            BLOCK_N, BLOCK_D, HEAD_DIM, WINDOW, SOFT_CAP, False,
         )  # fmt: skip
+        slots = _tile_slots(table, at + BLOCK_N, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE)
     for at in range(bulk_stop, stop, BLOCK_N):
         m, total, acc = _attend_tile(
-            m, total, acc, q, row_pos, at, kv_len, k_head, v_head, table, page_stride, factor,
-            cap_factor, BLOCK_N, BLOCK_D, HEAD_DIM, SLOT_STRIDE, PAGE, WINDOW, SOFT_CAP, True,
+            m, total, acc, q, row_pos, at, kv_len, k_head, v_head, slots, factor, cap_factor,
+            BLOCK_N, BLOCK_D, HEAD_DIM, WINDOW, SOFT_CAP, True,
         )  # fmt: skip
+        slots = _tile_slots(table, at + BLOCK_N, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE)
     return m, total, acc
+
+
+@triton.jit
+def _tile_slots(
+    table,
+    at,
+    kv_len,
+    page_stride,
+    BLOCK_N: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Where the slots of the tile from position ``at`` begin in the cache, int64 ``[BLOCK_N]``."""
+    if PAGE % BLOCK_N == 0:  # the tile lies in one page
+        page = tl.load(table + at // PAGE, mask=at < kv_len, other=0).to(tl.int64)
+        slots = page * page_stride + (at % PAGE + tl.arange(0, BLOCK_N)) * SLOT_STRIDE
+    else:
+        pos = at + tl.arange(0, BLOCK_N)
+        pages = tl.load(table + pos // PAGE, mask=pos < kv_len, other=0).to(tl.int64)
+        slots = pages * page_stride + pos % PAGE * SLOT_STRIDE
+    return slots
 
 
 @triton.jit
@@ -118,15 +146,12 @@ def _attend_tile(
     kv_len,
     k_head,
     v_head,
-    table,
-    page_stride,
+    slots,
     factor,
     cap_factor,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    SLOT_STRIDE: tl.constexpr,
-    PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     MASKED: tl.constexpr,
@@ -134,15 +159,6 @@ def _attend_tile(
     """One tile, positions ``at … at + BLOCK_N - 1``: the first line of the contract's sums."""
     dims = tl.arange(0, BLOCK_D)
     pos = at + tl.arange(0, BLOCK_N)
-    if PAGE % BLOCK_N == 0:  # the tile lies in one page
-        page = tl.load(table + at // PAGE).to(tl.int64)
-        slots = page * page_stride + (at % PAGE + tl.arange(0, BLOCK_N)) * SLOT_STRIDE
-    else:
-        if MASKED:
-            pages = tl.load(table + pos // PAGE, mask=pos < kv_len, other=0)
-        else:
-            pages = tl.load(table + pos // PAGE)
-        slots = pages.to(tl.int64) * page_stride + pos % PAGE * SLOT_STRIDE
     k_at = k_head + slots[None, :] + dims[:, None]
     v_at = v_head + slots[:, None] + dims[None, :]
     if MASKED or HEAD_DIM < BLOCK_D:
@@ -161,7 +177,7 @@ def _attend_tile(
     anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
     keep = tl.exp2(m - anchor)[:, None]
     shift = tl.broadcast_to(-anchor[:, None], s.shape)
-    p = tl.exp2(tl.fma(s, tl.broadcast_to(factor, s.shape), shift))
+    p = tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), shift))
     if MASKED or HEAD_DIM < BLOCK_D:
         v = tl.load(v_at, mask=(pos < kv_len)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
     else:
