@@ -9,6 +9,7 @@ sequence that there may be, and its programs stop at the lengths they find.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -141,4 +142,5 @@ def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may have; those of an H100 off the card."""
     if device.type != "cuda":
         return 232448
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)

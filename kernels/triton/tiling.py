@@ -9,6 +9,7 @@ from torch import Tensor
 
 KV_TILE = 64
 SPLIT = 1024
+_SCRATCH = 4096
 _LOG2E = math.log2(math.e)
 
 
@@ -55,16 +56,24 @@ def default_tiling(head_dim: int, itemsize: int, shared_memory: int) -> Tiling:
     :param shared_memory: bytes that one program may have
     """
     row = padded(head_dim) * itemsize
-    wide = row > 256
-    tall = 128 if row <= 256 else 64 if row <= 512 else 16
-    prefill = [Launch(tall, 8, 3), Launch(tall, 8, 2), Launch(64, 4, 2), Launch(16, 4, 1)]
-    decode = [Launch(16, 4, 3), Launch(16, 4, 2), Launch(16, 4, 1)]
+    if itemsize == 4:
+        # Multiplied without tensor cores, by code that grows with the tile.
+        warps = 16 if row > 512 else 8
+        prefill = decode = [Launch(16, warps, 2), Launch(16, warps, 1)]
+    else:
+        rows = 128 if row <= 256 else 64
+        half = rows // 2
+        prefill = [Launch(rows, 8, 3), Launch(rows, 8, 2), Launch(half, 4, 2), Launch(half, 4, 1)]
+        decode = [Launch(16, 4, 3), Launch(16, 4, 2), Launch(16, 4, 1)]
 
     def first(choices: list[Launch]) -> Launch:
-        fitting = [c for c in choices if row * (c.rows + 2 * KV_TILE * c.stages) <= shared_memory]
-        return (fitting or choices[-1:])[0]
+        for choice in choices:
+            tiles = choice.rows + 2 * KV_TILE * choice.stages
+            if row * tiles + _SCRATCH <= shared_memory:
+                return choice
+        return choices[-1]
 
-    return Tiling(prefill=first(prefill[wide:]), decode=first(decode[wide:]))
+    return Tiling(prefill=first(prefill), decode=first(decode))
 
 
 def padded(size: int) -> int:
