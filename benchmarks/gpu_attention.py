@@ -15,6 +15,8 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from gpu_attention_bits import CUDA, capture, check_all
@@ -31,9 +33,10 @@ L2_BYTES = 200 << 20
 def median_us(runs: list[Callable[[], object]], replays: int = 30) -> float:
     """One of the ``runs``, which a graph does one after the other, in microseconds."""
     graph = capture(lambda: [run() for run in runs])
-    times = []
+    event: Any = torch.cuda.Event
+    times: list[float] = []
     for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = event(enable_timing=True), event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
@@ -73,6 +76,10 @@ class Load:
         pairs = self.batch * sum(range(self.length - self.new + 1, self.length + 1))
         return f"{4 * self.heads[0] * self.heads[2] * pairs / us / 1e6:7.0f} TFLOP/s"
 
+    def each(self, run: Callable[..., None], *arguments: object) -> float:
+        """``run(q, k_cache, v_cache, *arguments)`` on every cache, in microseconds a run."""
+        return median_us([partial(run, self.q, k, v, *arguments) for k, v in self.caches])
+
     def ours(self, tiling: Tiling) -> float:
         num_q_heads, num_kv_heads, dim = self.heads
         scoring, group = Scoring(scale=self.scale), num_q_heads // num_kv_heads
@@ -80,36 +87,21 @@ class Load:
         if self.new == 1:
             splits = -(-self.length // tiling.split)
             room = Partials.allocate(self.batch, splits, num_q_heads, dim, CUDA)
-            return median_us(
-                [
-                    lambda c=c: attend_decode(self.q, *c, self.batch, *tail, room, self.out)
-                    for c in self.caches
-                ]
-            )
+            return self.each(attend_decode, self.batch, *tail, room, self.out)
         lens = ([self.new] * self.batch, [self.length] * self.batch)
-        tiles = prefill_work(*lens, 0, group, tiling.prefill.rows)
+        tiles = prefill_work(*lens, first=0, group=group, rows=tiling.prefill.rows)
         work = torch.tensor(tiles, dtype=torch.int32, device=CUDA)
-        return median_us(
-            [
-                lambda c=c: attend_prefill(self.q, *c, work, self.starts, *tail, self.out)
-                for c in self.caches
-            ]
-        )
+        return self.each(attend_prefill, work, self.starts, *tail, self.out)
 
     def fa3(self, splits: int) -> float:
         """Flash Attention 3 on the same tensors, by the library that ``--fa3`` loaded."""
         none = None
-        return median_us(
-            [
-                lambda c=c: torch.ops._vllm_fa3_C.fwd(
-                    self.q, *c, none, none, none, self.out,
-                    self.starts, none, none, none, self.lens, self.new, self.length,
-                    self.table, none, none, none, none, none, none, none, none,
-                    self.scale, True, -1, -1, 0.0, True, none, splits, none, 0,
-                    none, 1, 0, none,
-                )
-                for c in self.caches
-            ]
+        return self.each(
+            torch.ops._vllm_fa3_C.fwd, none, none, none, self.out,
+            self.starts, none, none, none, self.lens, self.new, self.length,
+            self.table, none, none, none, none, none, none, none, none,
+            self.scale, True, -1, -1, 0.0, True, none, splits, none, 0,
+            none, 1, 0, none,
         )  # fmt: skip
 
 
@@ -126,8 +118,8 @@ def tilings(base: Tiling, tune: bool, prefill: bool) -> Iterator[Tiling]:
         for kv_tile in (64, 128):
             for shape in shapes:
                 launch = Launch(*shape)
-                part = {"prefill": launch} if prefill else {"decode": launch}
-                yield replace(base, split=split, kv_tile=kv_tile, **part)
+                free = replace(base, prefill=launch) if prefill else replace(base, decode=launch)
+                yield replace(free, split=split, kv_tile=kv_tile)
 
 
 def time_load(load: Load, tune: bool, fa3: bool) -> str:
@@ -163,7 +155,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("This benchmark needs a CUDA device.")
     if options.fa3:
-        torch.ops.load_library(options.fa3)
+        load_library: Any = torch.ops.load_library
+        load_library(options.fa3)
     good = options.skip_checks or check_all()
     loads = []
     if options.only != "prefill":

@@ -70,7 +70,7 @@ class Case:
         q, k, v = self.inputs(parts)
         out = torch.full_like(q, torch.nan)
         backend.run(q, k, v, self.cache, backend.plan(batch), out)
-        return list(out.split(batch.query_lens))
+        return list(torch.split(out, list(batch.query_lens)))
 
 
 def make_case(
@@ -159,7 +159,7 @@ def graph_decode(case: Case, lengths: list[int]) -> list[Tensor]:
         getattr(batch, name).copy_(getattr(now, name))
     backend.replay(plan, replace(batch, kv_lens=now.kv_lens))
     graph.replay()
-    return list(out.split(1))
+    return list(torch.split(out, 1))
 
 
 def check(
