@@ -40,7 +40,7 @@ class TritonAttention(AttentionBackend):
     """Attention over NHD pages.
 
     :param tiling: sizes of the kernels; chosen for the device if left out
-    :raises ConfigError: the device is no CUDA device, or ``scale`` is not positive
+    :raises ConfigError: the device is no CUDA device, or the scale or the soft cap is not positive
     """
 
     def __init__(self, config: AttentionConfig, tiling: Tiling | None = None) -> None:
@@ -50,11 +50,12 @@ class TritonAttention(AttentionBackend):
                 f"the triton backend runs on a CUDA device, and the device is {config.device}. "
                 "Choose another backend, or for tests set TRITON_INTERPRET=1."
             )
-        if not config.scale > 0:
-            raise ConfigError(
-                f"the triton backend wants a positive scale of the scores, and it is "
-                f"{config.scale}. Choose another backend."
-            )
+        for name, value in (("scale", config.scale), ("soft cap", config.logit_soft_cap)):
+            if value is not None and not value > 0:
+                raise ConfigError(
+                    f"the triton backend wants a positive {name} of the scores, and it is {value}. "
+                    "Choose another backend."
+                )
         self._tiling = tiling or default_tiling(
             config.head_dim, config.dtype.itemsize, _shared_memory(config.device)
         )
@@ -106,7 +107,10 @@ class TritonAttention(AttentionBackend):
             )
 
     def capture(self, max_num_seqs: int) -> None:
-        """Allocate the workspace that recorded steps share, for sequences of any length."""
+        """Allocate the workspace that recorded steps share, for sequences of any length.
+
+        Bytes: sequences x splits of ``max_model_len`` x query heads x (head dim + 2) x 4.
+        """
         self._captured = self._allocate(max_num_seqs, self.config.max_model_len)
 
     def replay(self, plan: TritonPlan, batch: Batch) -> None:

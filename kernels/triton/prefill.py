@@ -106,10 +106,10 @@ def _prefill_kernel(
     last_pos = before + tl.minimum((first_row + BLOCK_M - 1) // GROUP, query_len - 1)
     dims = tl.arange(0, BLOCK_D)
     heads = kv_head * GROUP + rows % GROUP
-    places = (tokens * (NUM_KV_HEADS * GROUP) + heads)[:, None] * HEAD_DIM + dims[None, :]
-    base = token_base * (NUM_KV_HEADS * GROUP * HEAD_DIM)
+    packed = (token_base + tokens) * (NUM_KV_HEADS * GROUP) + heads
+    places = packed[:, None] * HEAD_DIM + dims[None, :]
     in_head = (dims < HEAD_DIM)[None, :]
-    queries = tl.load(q + base + places, mask=in_head, other=0.0)
+    queries = tl.load(q + places, mask=in_head, other=0.0)
 
     begin = 0
     if WINDOW > 0:
@@ -145,4 +145,4 @@ def _prefill_kernel(
         m, total, acc = fold_split(m, total, acc, split_m, split_total, split_acc)
 
     result = normalise(tl.max(total, 1)[:, None], acc).to(out.dtype.element_ty)
-    tl.store(out + base + places, result, mask=(rows < query_len * GROUP)[:, None] & in_head)
+    tl.store(out + places, result, mask=(rows < query_len * GROUP)[:, None] & in_head)

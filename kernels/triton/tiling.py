@@ -43,7 +43,7 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scoring:
-    """``scale``, positive, ``soft_cap`` and ``window`` as ``AttentionConfig`` has them."""
+    """As ``AttentionConfig`` has them; ``scale`` and ``soft_cap`` are positive."""
 
     scale: float
     soft_cap: float | None = None
@@ -98,8 +98,8 @@ def kernel_arguments(
     cap, scale = scoring.soft_cap, scoring.scale
     return {
         "page_stride": k_cache.stride(0),
-        "factor": (cap or scale) * _LOG2E,
-        "cap_factor": 2 * _LOG2E * scale / cap if cap else 0.0,
+        "factor": (scale if cap is None else cap) * _LOG2E,
+        "cap_factor": 0.0 if cap is None else 2 * _LOG2E * scale / cap,
         "BLOCK_N": tiling.kv_tile,
         "BLOCK_D": padded(head_dim),
         "HEAD_DIM": head_dim,

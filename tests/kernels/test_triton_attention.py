@@ -195,8 +195,18 @@ def assert_close(case: Served, b: int, result: Tensor) -> None:
     torch.testing.assert_close(result.cpu().double(), exact, rtol=0, atol=limit)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("page_size", [1, 16, 48, 64, 256])
+@pytest.mark.parametrize(
+    ("page_size", "dtype"),
+    [
+        (1, torch.float32),
+        (16, torch.bfloat16),
+        (16, torch.float16),
+        (48, torch.float16),
+        (64, torch.float32),
+        (64, torch.bfloat16),
+        (256, torch.bfloat16),
+    ],
+)
 def test_close_to_fp64(page_size, dtype):
     lengths = [1, 64, 65, 130]
     case = served(lengths, heads=(2, 1), page_size=page_size, dtype=dtype)
@@ -348,6 +358,8 @@ def test_what_cannot_be_served_is_refused(monkeypatch):
     case = served([20])
     with pytest.raises(ConfigError, match="positive scale"):
         TritonAttention(replace(case.backend.config, scale=-1.0))
+    with pytest.raises(ConfigError, match="positive soft cap"):
+        TritonAttention(replace(case.backend.config, logit_soft_cap=0.0))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ConfigError, match="runs on a CUDA device"):
         TritonAttention(replace(case.backend.config, device=torch.device("cpu")))
