@@ -167,7 +167,7 @@ def _split_kernel(
         at = (seq * max_splits + split) * (NUM_KV_HEADS * GROUP)
         tl.store(partial_acc + at * HEAD_DIM + places, acc, mask=stored[:, None] & in_head)
         tl.store(partial_stats + (at + heads) * 2, m, mask=stored)
-        tl.store(partial_stats + (at + heads) * 2 + 1, tl.max(total, 1), mask=stored)
+        tl.store(partial_stats + (at + heads) * 2 + 1, total, mask=stored)
 
 
 @triton.jit(do_not_specialize=["max_splits"])
@@ -192,13 +192,13 @@ def _fold_kernel(
     one = tl.zeros([1], tl.int32)
 
     m = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1, 1], tl.float32)
+    total = tl.zeros([1], tl.float32)
     acc = tl.zeros([1, BLOCK_D], tl.float32)
     for split in range(begin // SPLIT, tl.cdiv(kv_len, SPLIT)):
         at = (seq * max_splits + split) * num_q_heads + head
         split_acc = tl.load(partial_acc + at * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0.0)
         split_m = tl.load(partial_stats + at * 2 + one)
-        split_total = tl.load(partial_stats + at * 2 + 1 + one)[:, None]
+        split_total = tl.load(partial_stats + at * 2 + 1 + one)
         m, total, acc = fold_split(m, total, acc, split_m, split_total, split_acc)
 
     place = (seq * num_q_heads + head) * HEAD_DIM + dims

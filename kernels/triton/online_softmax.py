@@ -38,20 +38,20 @@ SUM_COLUMNS = tl.constexpr(16)
 
 @triton.jit
 def fold_split(m, total, acc, split_m, split_total, split_acc):
-    """Fold a finished split into the running state: m ``[R]``, total ``[R, C]``, acc ``[R, D]``."""
+    """Fold a finished split into the running state: m and total ``[R]``, acc ``[R, D]``."""
     m_new = tl.maximum(m, split_m)
     anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
-    keep = tl.exp2(m - anchor)[:, None]
-    add = tl.exp2(split_m - anchor)[:, None]
-    total = tl.fma(total, tl.broadcast_to(keep, total.shape), split_total * add)
-    acc = tl.fma(acc, tl.broadcast_to(keep, acc.shape), split_acc * add)
+    keep = tl.exp2(m - anchor)
+    add = tl.exp2(split_m - anchor)
+    total = tl.fma(total, keep, split_total * add)
+    acc = tl.fma(acc, tl.broadcast_to(keep[:, None], acc.shape), split_acc * add[:, None])
     return m_new, total, acc
 
 
 @triton.jit
 def normalise(total, acc):
-    """``acc / total``: total ``[R, 1]``. A row that saw nothing gives zeros, never a NaN."""
-    total = tl.broadcast_to(tl.where(total == 0.0, 1.0, total), acc.shape)
+    """``acc / total``. A row that saw nothing gives zeros, never a NaN."""
+    total = tl.broadcast_to(tl.where(total == 0.0, 1.0, total)[:, None], acc.shape)
     # + 0.0 turns -0 into +0: a tile of weight zero may have turned one into the other.
     return tl.div_rn(acc, total) + 0.0
 
@@ -111,7 +111,7 @@ def attend_split(
             BLOCK_N, BLOCK_D, HEAD_DIM, WINDOW, SOFT_CAP, True,
         )  # fmt: skip
         slots = _tile_slots(table, at + BLOCK_N, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE)
-    return m, total, acc
+    return m, tl.max(total, 1), acc  # the columns of total are all the same
 
 
 @triton.jit

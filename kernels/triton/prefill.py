@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .online_softmax import SUM_COLUMNS, attend_split, fold_split, normalise
+from .online_softmax import attend_split, fold_split, normalise
 from .tiling import Scoring, Tiling, kernel_arguments
 
 
@@ -116,7 +116,7 @@ def _prefill_kernel(
         begin = tl.maximum(first_pos - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
     end = last_pos + 1
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for split in range(begin // SPLIT, tl.cdiv(end, SPLIT)):
         split_m, split_total, split_acc = attend_split(
@@ -144,5 +144,5 @@ def _prefill_kernel(
         )
         m, total, acc = fold_split(m, total, acc, split_m, split_total, split_acc)
 
-    result = normalise(tl.max(total, 1)[:, None], acc).to(out.dtype.element_ty)
+    result = normalise(total, acc).to(out.dtype.element_ty)
     tl.store(out + places, result, mask=(rows < query_len * GROUP)[:, None] & in_head)
