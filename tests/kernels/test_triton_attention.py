@@ -298,6 +298,17 @@ def test_the_grid_of_a_graph_changes_no_bit(variant):
             assert_same_bits(a, b)
 
 
+def test_a_step_larger_than_the_graphs_has_a_workspace_of_its_own():
+    case = served([70, 20])
+    case.backend.capture(1)
+    parts = [(0, 69, 70), (1, 19, 20)]
+    plan = case.backend.plan(case.batch(parts, 2))
+    assert plan.partials is not None
+    assert plan.partials.acc.shape[:2] == (2, 2)
+    for a, b in zip(case.attend(parts, 2), served([70, 20]).attend(parts, 2), strict=True):
+        assert_same_bits(a, b)
+
+
 def test_a_plan_is_replayed_with_new_lengths():
     case = served([150, 20], heads=(2, 1))
     case.backend.capture(2)
