@@ -12,7 +12,7 @@ GROUP = "isobit.plugins"
 
 DISTRIBUTION = "isobit"
 
-BUILT_IN = {"torch": "isobit.backends.torch"}
+BUILT_IN = {"torch": "isobit.backends.torch", "triton": "isobit.backends.triton"}
 """Isobit's own entry points, as its ``pyproject.toml`` declares them."""
 
 

@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+# Triton reads this when it is imported, so it is set before any test can import it.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

@@ -90,3 +90,16 @@ def test_the_built_in_backend_holds_everything_on_the_cpu(make_requirements):
         "sliding_window": "unsupported",
         "logit_soft_cap": "unsupported",
     }
+
+
+def test_the_built_in_backend_holds_everything_on_a_gpu(make_requirements):
+    asked = make_requirements(
+        dtype="bfloat16",
+        device="cuda",
+        compute_capability=(9, 0),
+        features=dict.fromkeys(FEATURES, True),
+    )
+    rows = matrix_rows(PluginHost(), asked, installed=lambda name: "3.6.0")
+    (triton,) = [row for row in rows if row["backend"] == "triton"]
+    assert triton["refusals"] == []
+    assert {cell["state"] for cell in triton["features"].values()} == {"supported"}

@@ -1,0 +1,189 @@
+"""The attention contract on CUDA, as the device functions that prefill and decode share.
+
+Contract: a query at absolute position ``p`` walks its KV positions in ascending order, in *tiles*
+of ``KV_TILE`` positions, grouped in *splits* of ``SPLIT`` positions; both lie at absolute
+positions. A split starts from the empty state ``m = -inf, l = 0, o = 0``. For each of its tiles,
+with ``c`` the factor that turns scores into base-2 logarithms:
+
+    s[j] = sum_d q[d] k[j, d]              m' = max(m, c max_j s[j])     a = 2^(m - m')
+    p[j] = 2^fma(s[j], c, -m')             l' = sum_j p[j] + l a         o' = sum_j p[j] v[j] + o a
+
+Under a soft cap ``s`` becomes ``tanh(s scale / cap)`` and ``c`` takes the cap for the scale. The
+finished splits are folded in ascending order, from the empty state too:
+
+    M' = max(M, m)    A = 2^(M - M')    B = 2^(m - M')    L' = fma(L, A, l B)    O' = fma(O, A, o B)
+
+and the result is ``O / L``, correctly rounded, in the query's dtype.
+
+The three sums are ``tl.dot``s with fp32 accumulators: over d of the head dim padded to a power of
+two with zeros, over j of one tile, with ``p`` in the dtype of V; the sum of p is a product with
+ones, so that it has the order of the others. fp32 inputs are multiplied in fp32. Positions that
+the row does not see have weight zero. Positions past the sequence's end are read as zeros.
+
+So a tile in which a row sees nothing, and a split of such tiles, change no bit of it: there
+``a = 1`` and ``p = 0``, or ``A = 1`` and ``l = o = 0``. The result depends on the query and on the
+positions that it sees alone. Decode equals prefill, and chunks, neighbours, the page size, the
+height of a tile of rows, warps, stages and the grid are free. Fused multiply-adds are written out,
+and the kernels are compiled without any other (``enable_fp_fusion=False``).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+SUM_COLUMNS = tl.constexpr(16)
+"""Columns of ones in the product that adds up p: the least that a matrix instruction takes."""
+
+
+@triton.jit
+def fold_split(m, total, acc, split_m, split_total, split_acc):
+    """Fold a finished split into the running state: m and total ``[R]``, acc ``[R, D]``."""
+    m_new = tl.maximum(m, split_m)
+    anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
+    keep = tl.exp2(m - anchor)
+    add = tl.exp2(split_m - anchor)
+    total = tl.fma(total, keep, split_total * add)
+    acc = tl.fma(acc, tl.broadcast_to(keep[:, None], acc.shape), split_acc * add[:, None])
+    return m_new, total, acc
+
+
+@triton.jit
+def normalise(total, acc):
+    """``acc / total``. A row that saw nothing gives zeros, never a NaN."""
+    total = tl.broadcast_to(tl.where(total == 0.0, 1.0, total)[:, None], acc.shape)
+    # + 0.0 turns -0 into +0: a tile of weight zero may have turned one into the other.
+    return tl.div_rn(acc, total) + 0.0
+
+
+@triton.jit
+def attend_split(
+    q,  # [BLOCK_M, BLOCK_D]
+    row_pos,  # [BLOCK_M], each row's absolute position
+    first_pos,  # the least and the greatest of them
+    last_pos,
+    start,  # KV positions of the split that some row may see: start … stop - 1,
+    stop,  # start at a tile's edge
+    kv_len,
+    k_head,  # pointers to this KV head of slot 0 of page 0
+    v_head,
+    table,  # pointer to the sequence's pages
+    page_stride,
+    factor,
+    cap_factor,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+):
+    """The state of one split. Tiles that every row sees whole are walked without masks."""
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M, SUM_COLUMNS], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    bulk_start = start
+    bulk_stop = tl.maximum(tl.minimum((first_pos + 1) // BLOCK_N * BLOCK_N, stop), start)
+    # Each tile's slots are looked up a tile ahead, so that no load of K waits for the page table.
+    slots = _tile_slots(table, start, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE)
+    if WINDOW > 0:
+        whole = tl.cdiv(tl.maximum(last_pos - WINDOW + 1, 0), BLOCK_N) * BLOCK_N
+        bulk_start = tl.minimum(tl.maximum(whole, start), bulk_stop)
+        for at in range(start, bulk_start, BLOCK_N):
+            m, total, acc = _attend_tile(
+                m, total, acc, q, row_pos, at, kv_len, k_head, v_head, slots, factor, cap_factor,
+                BLOCK_N, BLOCK_D, HEAD_DIM, WINDOW, SOFT_CAP, True,
+            )  # fmt: skip
+            slots = _tile_slots(
+                table, at + BLOCK_N, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE
+            )
+    for at in range(bulk_start, bulk_stop, BLOCK_N):
+        m, total, acc = _attend_tile(
+            m, total, acc, q, row_pos, at, kv_len, k_head, v_head, slots, factor, cap_factor,
+            BLOCK_N, BLOCK_D, HEAD_DIM, WINDOW, SOFT_CAP, False,
+        )  # fmt: skip
+        slots = _tile_slots(table, at + BLOCK_N, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE)
+    for at in range(bulk_stop, stop, BLOCK_N):
+        m, total, acc = _attend_tile(
+            m, total, acc, q, row_pos, at, kv_len, k_head, v_head, slots, factor, cap_factor,
+            BLOCK_N, BLOCK_D, HEAD_DIM, WINDOW, SOFT_CAP, True,
+        )  # fmt: skip
+        slots = _tile_slots(table, at + BLOCK_N, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE)
+    return m, tl.max(total, 1), acc  # the columns of total are all the same
+
+
+@triton.jit
+def _tile_slots(
+    table,
+    at,
+    kv_len,
+    page_stride,
+    BLOCK_N: tl.constexpr,
+    SLOT_STRIDE: tl.constexpr,
+    PAGE: tl.constexpr,
+):
+    """Where the slots of the tile from position ``at`` begin in the cache, int64 ``[BLOCK_N]``."""
+    if PAGE % BLOCK_N == 0:  # the tile lies in one page
+        page = tl.load(table + at // PAGE, mask=at < kv_len, other=0).to(tl.int64)
+        slots = page * page_stride + (at % PAGE + tl.arange(0, BLOCK_N)) * SLOT_STRIDE
+    else:
+        pos = at + tl.arange(0, BLOCK_N)
+        pages = tl.load(table + pos // PAGE, mask=pos < kv_len, other=0).to(tl.int64)
+        slots = pages * page_stride + pos % PAGE * SLOT_STRIDE
+    return slots
+
+
+@triton.jit
+def _attend_tile(
+    m,
+    total,
+    acc,
+    q,
+    row_pos,
+    at,
+    kv_len,
+    k_head,
+    v_head,
+    slots,
+    factor,
+    cap_factor,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One tile, positions ``at … at + BLOCK_N - 1``: the first line of the contract's sums."""
+    dims = tl.arange(0, BLOCK_D)
+    pos = at + tl.arange(0, BLOCK_N)
+    k_at = k_head + slots[None, :] + dims[:, None]
+    v_at = v_head + slots[:, None] + dims[None, :]
+    if MASKED or HEAD_DIM < BLOCK_D:
+        k = tl.load(k_at, mask=(pos < kv_len)[None, :] & (dims < HEAD_DIM)[:, None], other=0.0)
+    else:
+        k = tl.load(k_at)
+    s = tl.dot(q, k, input_precision="ieee")
+    if SOFT_CAP:
+        s = 1.0 - 2.0 / (tl.exp2(s * cap_factor) + 1.0)
+    if MASKED:
+        seen = pos[None, :] <= row_pos[:, None]
+        if WINDOW > 0:
+            seen = seen & (pos[None, :] > row_pos[:, None] - WINDOW)
+        s = tl.where(seen, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * factor)
+    anchor = tl.where(m_new == float("-inf"), 0.0, m_new)
+    keep = tl.exp2(m - anchor)[:, None]
+    shift = tl.broadcast_to(-anchor[:, None], s.shape)
+    p = tl.exp2(tl.fma(s, tl.full(s.shape, factor, tl.float32), shift))
+    if MASKED or HEAD_DIM < BLOCK_D:
+        v = tl.load(v_at, mask=(pos < kv_len)[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+    else:
+        v = tl.load(v_at)
+    weights = p.to(v.dtype)
+    ones = tl.full([BLOCK_N, SUM_COLUMNS], 1.0, v.dtype)
+    total = tl.dot(weights, ones, total * keep, input_precision="ieee")
+    acc = tl.dot(weights, v, acc * keep, input_precision="ieee")
+    return m_new, total, acc
