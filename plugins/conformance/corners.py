@@ -11,7 +11,7 @@ from ...backends.capabilities import BackendSpec, Capabilities, Unsupported
 from .scenario import Geometry
 
 _ANY_HEAD_DIM = (16, 32, 64, 80, 96, 128, 192, 256)
-_ANY_PAGE_SIZE = (1, 7, 16, 32, 64, 128, 256)
+_ANY_PAGE_SIZE = (1, 7, 16, 32, 64, 100, 128, 256)
 _MOST_VALUES = {"cpu": 256, "cuda": 32}  # where each value compiles a kernel, fewer are tried
 _DTYPES = ("float32", "bfloat16", "float16")
 _EDGES = (16, 32, 64, 128, 256, 512, 1024)
@@ -107,7 +107,7 @@ class Corners:
     def _sampled(self, name: str, where_any: tuple[int, ...]) -> list[int]:
         """All declared values, or where they are many some from end to end."""
         values = self._declared(name, where_any)
-        most = 4 if self.quick else _MOST_VALUES[self.device]
+        most = 5 if self.quick else _MOST_VALUES[self.device]
         if len(values) <= most:
             return values
         last = len(values) - 1

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import torch
 
 from isobit.plugins.conformance.check import Check, Context
 from isobit.plugins.conformance.mutants.catalogue import MUTANTS, RIGHT, Mutant, candidates
@@ -20,6 +21,7 @@ from isobit.plugins.manager import PluginHost
 
 MakeContext = Callable[[str], Context]
 NAMES = [mutant.name for mutant in MUTANTS]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def context_of() -> MakeContext:
     host = PluginHost(candidates=found, strict_plugins=True)
 
     def make(name: str) -> Context:
-        return make_context(find_subject(name, host, found), "cpu", quick=True)
+        return make_context(find_subject(name, host, found), DEVICE, quick=True)
 
     return make
 
@@ -41,7 +43,7 @@ def right(context_of: MakeContext, request: pytest.FixtureRequest) -> Context:
     if not request.config.getoption("--long"):
         capabilities = replace(RIGHT.capabilities, dtypes={"float32"})
         subject = replace(subject, spec=replace(subject.spec, capabilities=capabilities))
-    return make_context(subject, "cpu", quick=True)
+    return make_context(subject, DEVICE, quick=True)
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=[check.name for check in CHECKS])
