@@ -12,7 +12,7 @@ from .scenario import Geometry
 
 _ANY_HEAD_DIM = (16, 32, 64, 80, 96, 128, 192, 256)
 _ANY_PAGE_SIZE = (1, 7, 16, 32, 64, 100, 128, 256)
-_MOST_VALUES = {"cpu": 256, "cuda": 32}  # where each value compiles a kernel, fewer are tried
+_MOST_VALUES = {"cpu": 256, "cuda": 12}  # where each value compiles a kernel, fewer are tried
 _DTYPES = ("float32", "bfloat16", "float16")
 _EDGES = (16, 32, 64, 128, 256, 512, 1024)
 GQA_RATIOS = tuple(range(1, 17))

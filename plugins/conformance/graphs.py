@@ -33,14 +33,33 @@ def record(work: Callable[[], None], device: torch.device) -> Recorded:
     :raises BackendError: it waits for the device, or sizes a tensor by values.
     """
     if device.type == "cuda":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
-        return graph
+        return _capture(work)
     tape = _Tape()
     with tape:
         work()
     return tape
+
+
+def _capture(work: Callable[[], None]) -> Recorded:
+    graph = torch.cuda.CUDAGraph()
+    state = torch.cuda.get_rng_state()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except Exception as error:
+        # A capture that fails leaves torch's generator in the middle of it: give it a new state.
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
+        torch.cuda.set_rng_state(state)
+        raise BackendError(f"run() cannot be captured: {_first_cause(error)}") from error
+    return graph
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong first: the end of a broken capture raises once more."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
