@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -154,3 +157,17 @@ def test_an_unexplained_field_stops_the_generator(generator: ModuleType) -> None
 def test_a_command_that_fails_stops_the_generator(generator: ModuleType) -> None:
     with pytest.raises(SystemExit, match="status 2"):
         generator.console("isobit generate --model nowhere hi")
+
+
+def test_a_proof_of_another_declaration_is_refused(
+    generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved = sys.modules["proved"]
+    record = json.loads((proved.FOLDER / "torch-cpu.json").read_text())
+    monkeypatch.setattr(proved, "FOLDER", tmp_path)
+    (tmp_path / "torch-cpu.json").write_text(json.dumps(record))
+    assert "✓ (a)" in generator.matrix()
+    record["cells"]["dtypes"]["declared"] = "float64"
+    (tmp_path / "torch-cpu.json").write_text(json.dumps(record))
+    with pytest.raises(SystemExit, match="another declaration of dtypes: run isobit plugins test"):
+        generator.matrix()
