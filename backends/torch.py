@@ -1,4 +1,4 @@
-"""The plugin of the embedded CPU backend. It loads like any other, by its entry point."""
+"""The plugin of the embedded torch backend. It loads like any other, by its entry point."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ..plugins import BackendSpec, Capabilities, Supported, Unsupported, hookimp
 
 @hookimpl
 def isobit_attention_backends() -> list[BackendSpec]:
-    """The embedded backend: every invariance, on any CPU."""
+    """The embedded backend: every invariance, on any CPU, and slowly on any CUDA device."""
     return [
         BackendSpec(
             name="torch",
@@ -15,11 +15,13 @@ def isobit_attention_backends() -> list[BackendSpec]:
             factory="isobit.backends.torch_attention:TorchAttention",
             capabilities=Capabilities(
                 dtypes={"float32", "bfloat16"},
-                devices={"cpu"},
+                devices={"cpu", "cuda"},
                 head_dims=set(range(8, 257, 8)),
                 page_sizes=set(range(1, 257)),
                 features={
-                    "cuda_graph": Unsupported("runs on the CPU, where there are no graphs"),
+                    "cuda_graph": Unsupported(
+                        "its shapes follow the lengths, which the host reads"
+                    ),
                     "chunked_prefill": Supported(),
                     "radix_cache": Supported(),
                     "non_greedy_sampling": Supported(),

@@ -1,4 +1,6 @@
-"""The embedded backend: paged attention on the CPU by the kernels of ``kernels/attention.py``.
+"""The embedded backend: paged attention by the kernels of ``kernels/attention.py``.
+
+On a CPU those are C or torch; on CUDA torch, a tile at a time, which is right and slow.
 
 It keeps the attention contract of that file, so a decode step gives the bits of a prefill and
 any chunking those of any other.

@@ -7,6 +7,7 @@ backend written in torch can be judged for ``cuda_graph`` on a machine without a
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -41,6 +42,9 @@ def record(work: Callable[[], None], device: torch.device) -> Recorded:
 
 
 def _capture(work: Callable[[], None]) -> Recorded:
+    # An older graph that is collected during the capture would end it: collect it now.
+    gc.collect()
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     state = torch.cuda.get_rng_state()
     try:
