@@ -1,1 +1,1 @@
-"""Measuring an engine: workloads, each step's time, the floor that the device sets, a step's ops."""
+"""Measuring an engine: workloads, each step's time, the device's limits, a step's ops."""

@@ -5,8 +5,8 @@ in use, which are left out; the output matrix only where a row's logits are want
 cache: the earlier tokens' K and V read once, the new ones' written. What passes between two ops
 (``activations``) could stay in a cache: it is counted for an op, not for a step.
 
-Multiply-adds are two operations each: every matrix once a row, and for every pair of a new token and
-one that it sees ``q·k`` and ``p·v`` in each query head.
+Multiply-adds are two operations each: every matrix once a row, and for every pair of a new token
+and one that it sees ``q·k`` and ``p·v`` in each query head.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -42,19 +43,17 @@ class Limits:
         }
 
 
+@functools.cache
 def measure_limits(device: torch.device) -> Limits:
-    """On CUDA a copy of 2 GiB and a bf16 product of 8192; on a CPU 256 MiB and fp32 of 1024.
+    """Measured once a process: on CUDA a copy of 2 GiB and a bf16 product of 8192; on a
+    CPU 256 MiB and fp32 of 1024.
 
     :raises ConfigError: the device's memory has no room for that beside the engine.
     """
     cuda = device.type == "cuda"
-    copied, size, dtype = (
-        (2**31, 8192, torch.bfloat16) if cuda else (2**28, 1024, torch.float32)
-    )
+    copied, size, dtype = (2**31, 8192, torch.bfloat16) if cuda else (2**28, 1024, torch.float32)
     try:
-        return Limits(
-            _copy_rate(device, copied), _matrix_rate(device, size, dtype), _name(dtype)
-        )
+        return Limits(_copy_rate(device, copied), _matrix_rate(device, size, dtype), _name(dtype))
     except torch.cuda.OutOfMemoryError as error:
         raise ConfigError(
             "the engine left no room to measure the device's copy, which takes two times 2 GiB. "
@@ -70,9 +69,7 @@ def _copy_rate(device: torch.device, size: int) -> float:
 
 def _matrix_rate(device: torch.device, size: int, dtype: torch.dtype) -> float:
     generator = torch.Generator(device).manual_seed(0)
-    a, b = (
-        torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2)
-    )
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     seconds = median_seconds(lambda: torch.mm(a, b, out=out), clock_of(device), _REPEAT)
     return 2 * size**3 / seconds

@@ -56,9 +56,7 @@ def measure_step(
 
     :raises ConfigError: the engine cannot make such a step.
     """
-    source = steady(
-        engine, kind, steps=steps_needed(steps), seed=seed, temperature=temperature
-    )
+    source = steady(engine, kind, steps=steps_needed(steps), seed=seed, temperature=temperature)
 
     def run(count: int) -> None:
         for _ in range(count):

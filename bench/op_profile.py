@@ -1,4 +1,4 @@
-"""A step's time by op, from torch's profiler: ranges around the ops, and the kernels launched in them.
+"""A step's time by op, from torch's profiler: ranges around ops, and the kernels launched in them.
 
 The ranges are put around the engine's ops while a profile is taken and are not there otherwise. On
 a CPU an op's time is its range. On CUDA it is that of the kernels launched within the range, found
@@ -94,10 +94,10 @@ def op_ranges(engine: Engine) -> Iterator[None]:
         (decoder, "logits", "lm_head"),
         *((layer, name, name) for layer in decoder.layers for name in _LINEARS),
     ]
-    kernels = replace(
-        decoder.kernels,
-        **{name: _ranged(op, getattr(decoder.kernels, name)) for name, op in _KERNELS.items()},
-    )
+    ops: dict[str, Any] = {
+        name: _ranged(op, getattr(decoder.kernels, name)) for name, op in _KERNELS.items()
+    }
+    kernels = replace(decoder.kernels, **ops)
     with ExitStack() as stack:
         stack.enter_context(replaced(decoder, "kernels", kernels))
         for owner, name, op in around:

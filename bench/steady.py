@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepKind:
-    """A step of ``batch`` sequences with ``context`` earlier tokens and ``tokens`` new ones each."""
+    """A step of ``batch`` sequences, each with ``context`` earlier and ``tokens`` new tokens."""
 
     batch: int
     context: int
@@ -33,7 +33,7 @@ class StepKind:
             for start, new in shape.seqs
         )
         if not alike:
-            first = "none" if not shape.seqs else "{0} earlier and {1} new".format(*shape.seqs[0])
+            first = "none" if not shape.seqs else "{} earlier and {} new".format(*shape.seqs[0])
             raise ConfigError(
                 f"wanted a step of {self.batch} sequences with {self.context} earlier and "
                 f"{self.tokens} new tokens, but the engine made one of {len(shape.seqs)} sequences "
@@ -68,7 +68,7 @@ def _outputs(kind: StepKind, steps: int, budget: int) -> int:
 
 
 class _Decodes:
-    """Requests that all decode; their prompts come from the prefix cache, so they start together."""
+    """Requests that all decode; their prompts are in the prefix cache, so they start together."""
 
     def __init__(
         self, engine: Engine, kind: StepKind, steps: int, seed: int, temperature: float

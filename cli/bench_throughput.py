@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,7 @@ from .columns import columns
 from .options import engine_kwargs, engine_options, set_threads, user_errors
 
 if TYPE_CHECKING:
-    from ..bench.limits import Limits
     from ..bench.workload import Workload
-    from ..core.llm import LLM
 
 _COLUMNS = {
     "deterministic": "constraints",
@@ -119,21 +117,17 @@ def throughput(workloads: str, compare: bool, as_json: bool, **options: Any) -> 
 
 def _bench(plan: _Plan, kwargs: dict[str, Any], modes: list[bool], as_json: bool) -> None:
     """Each engine in turn; JSON as soon as a row is measured, or all in one table."""
-    limits: Limits | None = None
     constrained: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     for deterministic in modes:
         found: list[dict[str, Any]] = []
-
-        def show(row: dict[str, Any], found: list[dict[str, Any]] = found) -> None:
+        for row in _measured(plan, kwargs | {"deterministic": deterministic}):
             if constrained:
                 other = constrained[len(found)]
                 row[_RATIO] = other["output_tokens_per_s"] / row["output_tokens_per_s"]
             found.append(row)
             if as_json:
                 click.echo(json.dumps(row))
-
-        limits = _measure_all(plan, kwargs | {"deterministic": deterministic}, limits, show)
         if not as_json:
             click.echo(headline(found[0]))
         constrained, rows = found, rows + found
@@ -142,13 +136,8 @@ def _bench(plan: _Plan, kwargs: dict[str, Any], modes: list[bool], as_json: bool
         click.echo(_table(rows, len(plan.workloads)))
 
 
-def _measure_all(
-    plan: _Plan,
-    kwargs: dict[str, Any],
-    limits: Limits | None,
-    show: Callable[[dict[str, Any]], None],
-) -> Limits:
-    """Every workload on one engine; the device's limits, measured beside it where not known."""
+def _measured(plan: _Plan, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for every workload, on an engine that lives for them."""
     from tqdm import tqdm
 
     from ..bench.limits import measure_limits
@@ -156,8 +145,8 @@ def _measure_all(
     from ..core.llm import LLM
 
     with LLM(**kwargs) as llm:
-        known = limits or measure_limits(_device(llm))
-        said = about(llm, known)
+        limits = measure_limits(llm.engine.runner.backend.config.device)
+        said = about(llm, limits)
         for work in plan.workloads:
             with tqdm(
                 total=plan.repeat * work.requests * work.output_len,
@@ -174,12 +163,7 @@ def _measure_all(
                     repeat=plan.repeat,
                     on_token=bar.update,
                 )
-            show(said | result.row() | result.against(llm.engine, known))
-    return known
-
-
-def _device(llm: LLM) -> Any:
-    return llm.engine.runner.backend.config.device
+            yield said | result.row() | result.against(llm.engine, limits)
 
 
 def _free() -> None:
@@ -187,7 +171,7 @@ def _free() -> None:
     import torch
 
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
