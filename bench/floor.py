@@ -120,9 +120,12 @@ class Floor:
     def of(
         cls, model: ModelConfig, itemsize: int, steps: Sequence[StepShape], limits: Limits
     ) -> Floor:
-        """The sum over the steps of each one's bytes or operations, whichever take longer."""
+        """The sum over the steps of each one's bytes or operations, whichever take longer.
+
+        An empty step takes nothing.
+        """
         by_limit = {"copy": 0.0, "matrix": 0.0}
-        for step in steps:
+        for step in (each for each in steps if each.tokens):
             cost = step_cost(model, itemsize, step)
             seconds = limits.seconds(cost.num_bytes, cost.flops)
             by_limit[limits.name(cost.num_bytes, cost.flops)] += seconds

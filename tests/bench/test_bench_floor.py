@@ -81,7 +81,7 @@ def test_each_step_is_held_up_by_its_own_limit(model: ModelConfig) -> None:
     least = step_cost(model, 2, decode).num_bytes / 1000
     most = step_cost(model, 2, prefill).flops / 2000
     assert Floor.of(model, 2, [decode], limits) == Floor(least, "copy")
-    both = Floor.of(model, 2, [decode, prefill], limits)
+    both = Floor.of(model, 2, [decode, StepShape((), 0), prefill], limits)
     assert both.seconds == pytest.approx(least + most)
     assert both.limit == "matrix"
 

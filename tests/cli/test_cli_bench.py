@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import weakref
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
+from isobit import LLM
 from isobit.cli.main import main
 
 TINY = ["--model-config", "tiny-llama", "--load-format", "random", "--threads", "1"]
@@ -60,6 +62,21 @@ def test_both_ways_side_by_side() -> None:
     assert [line.split()[:2] for line in (first, second, third, fourth)] == expected
     assert plain.stderr == ""
     assert "\x1b" not in plain.output
+
+
+def test_the_first_engine_is_gone_before_the_second_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = LLM.__init__
+    decoders: list[weakref.ref[Any]] = []
+    alive = []
+
+    def init(self: LLM, *args: Any, **options: Any) -> None:
+        alive.append(sum(decoder() is not None for decoder in decoders))
+        original(self, *args, **options)
+        decoders.append(weakref.ref(self.engine.runner.decoder))
+
+    monkeypatch.setattr(LLM, "__init__", init)
+    rows("throughput", "--workloads", "1:8:4", "--compare")
+    assert alive == [0, 0]
 
 
 def test_a_step_by_op() -> None:
