@@ -19,7 +19,8 @@ def command() -> None:
     bytes are the weights (no embedding; the output matrix only where logits are wanted), the K and
     V of earlier tokens read and those of new ones written; the operations are two for each weight
     and new token, and those of attention. The share of the limit is that least time, summed over
-    all steps, in what was measured. A model that fits into a CPU's caches can exceed 1.
+    all steps, in what was measured. On a CPU it can exceed 1: caches are faster than a copy of
+    memory, and the native kernels can be faster than torch's product.
 
     Example: isobit bench throughput --workloads 1:128:128,16:128:128
     """

@@ -86,6 +86,15 @@ def test_each_step_is_held_up_by_its_own_limit(model: ModelConfig) -> None:
     assert both.limit == "matrix"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_limits_of_a_gpu() -> None:
+    limits = measure_limits(torch.device("cuda"))
+    assert 1e11 < limits.bytes_per_s < 1e14
+    assert 1e13 < limits.flops_per_s < 1e16
+    assert limits.matrix_dtype == "bfloat16"
+
+
 def test_limits_of_this_machine() -> None:
     limits = measure_limits(torch.device("cpu"))
     assert 1e8 < limits.bytes_per_s < 1e13
