@@ -26,8 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
 
 from isobit import LLM
+from isobit.bench.measure import measure
+from isobit.bench.step_times import timed_steps
+from isobit.bench.workload import Workload, fixed_length, random_prompts
 from isobit.cli.columns import columns
-from isobit.cli.measure import Workload, fixed_length, measure, random_prompts, timed_steps
 from isobit.models.registry import resolve_model
 from isobit.models.shapes import SHAPES
 

@@ -42,6 +42,8 @@ def engine_options(function: F) -> F:
     decorators = [
         click.option(
             "--model",
+            "--model-config",
+            "model",
             default="smollm2",
             show_default=True,
             help="smollm2, a Hugging Face folder, or a built-in shape with random weights.",

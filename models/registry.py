@@ -53,7 +53,8 @@ def resolve_model(name: str | os.PathLike[str]) -> Path:
     raise ConfigError(
         f"unknown model {given!r}: wanted {', '.join(sorted(PACKAGED))}, or a folder on this "
         "machine (nothing is downloaded; fetch it first, for example with `hf download`), or, "
-        f"with load_format='random', one of the shapes {', '.join(sorted(SHAPES))}"
+        f"with load_format='random', one of the shapes {', '.join(sorted(SHAPES))}. No "
+        "mixture of experts is among them, such as Qwen3-30B-A3B: no model class computes one"
     )
 
 

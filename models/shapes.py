@@ -1,7 +1,8 @@
 """Named model shapes for random weights (``load_format="random"``): tests and benchmarks.
 
 Each is a ``config.json`` as its publisher wrote it, less what does not matter to the arithmetic.
-The ``tiny-*`` ones are ours: small, and awkward on purpose.
+The ``tiny-*`` ones are ours: small, and awkward on purpose. Mixtures of experts, such as
+Qwen3-30B-A3B, are not among them, as no model class computes one.
 """
 
 from __future__ import annotations
@@ -52,6 +53,27 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": True,
         "bos_token_id": 151_643,
         "eos_token_id": [151_645, 151_643],
+    },
+    "llama-3.1-8b": {
+        **_LLAMA,
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131_072,
+        "tie_word_embeddings": False,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "bos_token_id": 128_000,
+        "eos_token_id": [128_001, 128_008, 128_009],
     },
     "llama-3.2-1b": {
         **_LLAMA,

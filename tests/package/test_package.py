@@ -58,7 +58,7 @@ def test_data_flows_down() -> None:
         {"backends", "sampling", "models", "plugins"},
         {"cache"},
         {"core"},
-        {"verify"},
+        {"verify", "bench"},
         {"conformance"},
         {"cli"},
     ]

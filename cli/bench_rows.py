@@ -1,0 +1,44 @@
+"""What every benchmark says of its engine, and how it writes numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..bench.limits import Limits
+    from ..core.llm import LLM
+
+
+def about(llm: LLM, limits: Limits) -> dict[str, Any]:
+    """The engine and its device's limits, for a row of JSON."""
+    import torch
+
+    runner = llm.engine.runner
+    return {
+        "model": llm.config.model,
+        "device": runner.backend.config.device.type,
+        "dtype": str(runner.decoder.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "deterministic": llm.config.deterministic,
+        "kernels": runner.kernels.name,
+        "attention_backend": runner.backend_name,
+        "fingerprint": llm.fingerprint,
+    } | limits.as_dict()
+
+
+def headline(said: dict[str, Any]) -> str:
+    """The same in a line or two of text."""
+    return (
+        "{model}, {device}, {dtype}, {threads} threads, kernels {kernels}, attention "
+        "{attention_backend}, {fingerprint}\n"
+        "copy {copy_gb_per_s:.4g} GB/s, {matrix_dtype} product {matrix_tflop_per_s:.3g} TFLOP/s"
+    ).format(**said)
+
+
+def number(value: float | str | None) -> str:
+    """Three digits, or all before the point; ``-`` for what is not known."""
+    if value is None:
+        return "-"
+    if isinstance(value, int | str):
+        return str(value)
+    return f"{value:.1f}" if value >= 100 else f"{value:.3g}"
