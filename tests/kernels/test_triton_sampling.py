@@ -18,7 +18,7 @@ from isobit.errors import EngineError
 from isobit.kernels.dispatch import load_kernels
 from isobit.kernels.kernel_set import Draw, KernelSet
 from isobit.kernels.philox import gumbel_torch, philox_4x32_10
-from isobit.kernels.triton.choices import same_bits
+from isobit.kernels.triton.trials import same_bits
 from isobit.kernels.triton.choose import choose
 from isobit.kernels.triton.filters import cut
 from isobit.kernels.triton.philox import gumbel, noise_words
