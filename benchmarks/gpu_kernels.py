@@ -24,9 +24,9 @@ from isobit.kernels.dispatch import load_kernels
 from isobit.kernels.kernel_set import Draw, QkNorm
 from isobit.kernels.rope import rope_table
 from isobit.kernels.triton.candidates import bucket_of, candidates
-from isobit.kernels.triton.trials import Problem, same_bits, trials
 from isobit.kernels.triton.choose import choose
 from isobit.kernels.triton.linear import TritonLinear
+from isobit.kernels.triton.trials import Problem, same_bits, trials
 
 DEVICE = torch.device("cuda")
 SPREAD_BYTES = 2**28  # several times the second-level cache
@@ -101,9 +101,10 @@ def bits_and_times(
     bucket = bucket_of(rows)
     problem = Problem(columns, depth, dtype, dtype, bucket)
     x = normal(rows, depth, dtype=dtype)
+    tried = list(trials(problem, weights[0]))
     for candidate in candidates(dtype, bucket):
         try:
-            equal = all(trial.passed(candidate, rows) for trial in trials(problem, weights[0]))
+            equal = all(trial.passed(candidate, rows) for trial in tried)
         except OutOfResources:
             continue
 
@@ -115,7 +116,7 @@ def bits_and_times(
     torch_default = graph_ms(lambda: [functional.linear(x, weight) for weight in weights])
     equal = all(
         same_bits(functional.linear(trial.x[:rows], trial.weight), trial.expected[:rows])
-        for trial in trials(problem, weights[0])
+        for trial in tried
         if trial.expected.dtype == dtype
     )
     yield "torch's default", equal, torch_default * 1e3 / len(weights)
