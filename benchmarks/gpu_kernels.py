@@ -23,10 +23,10 @@ from triton.runtime.errors import OutOfResources
 from isobit.kernels.dispatch import load_kernels
 from isobit.kernels.kernel_set import Draw, QkNorm
 from isobit.kernels.rope import rope_table
-from isobit.kernels.triton.candidates import bucket_of, candidates, canonical
-from isobit.kernels.triton.choices import Problem, random_rows, same_bits
+from isobit.kernels.triton.candidates import bucket_of, candidates
 from isobit.kernels.triton.choose import choose
 from isobit.kernels.triton.linear import TritonLinear
+from isobit.kernels.triton.trials import Problem, same_bits, trials
 
 DEVICE = torch.device("cuda")
 SPREAD_BYTES = 2**28  # several times the second-level cache
@@ -83,10 +83,11 @@ def graph_ms(run: Callable[[], object], replays: int = 15) -> float:
 
 
 def copy_rate() -> float:
-    """GB/s that a copy of 2 GiB reads and writes."""
-    source = torch.zeros(2**31, dtype=torch.int8, device=DEVICE)
+    """GB/s that a copy of 4 GiB reads and writes, by the driver or by a kernel: the faster one."""
+    source = torch.zeros(2**30, device=DEVICE)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / graph_ms(lambda: target.copy_(source)) / 1e6
+    ways = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    return 2 * source.nbytes / min(graph_ms(way) for way in ways) / 1e6
 
 
 def normal(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -98,14 +99,12 @@ def bits_and_times(
 ) -> Iterator[tuple[str, bool, float]]:
     """Each candidate with whether it has the canonical bits, and microseconds a product."""
     bucket = bucket_of(rows)
-    x = random_rows(Problem(columns, depth, dtype, dtype, rows), DEVICE)
-    kinds = (dtype, torch.float32)
-    expected = {kind: canonical(x, weights[0], kind) for kind in kinds}
+    problem = Problem(columns, depth, dtype, dtype, bucket)
+    x = normal(rows, depth, dtype=dtype)
+    tried = list(trials(problem, weights[0]))
     for candidate in candidates(dtype, bucket):
         try:
-            equal = all(
-                same_bits(candidate(x, weights[0], kind, bucket), expected[kind]) for kind in kinds
-            )
+            equal = all(trial.passed(candidate, rows) for trial in tried)
         except OutOfResources:
             continue
 
@@ -115,7 +114,11 @@ def bits_and_times(
 
         yield candidate.name, equal, graph_ms(every) * 1e3 / len(weights)
     torch_default = graph_ms(lambda: [functional.linear(x, weight) for weight in weights])
-    equal = same_bits(functional.linear(x, weights[0]), expected[dtype])
+    equal = all(
+        same_bits(functional.linear(trial.x[:rows], trial.weight), trial.expected[:rows])
+        for trial in tried
+        if trial.expected.dtype == dtype
+    )
     yield "torch's default", equal, torch_default * 1e3 / len(weights)
 
 
@@ -189,10 +192,10 @@ def rowwise_ops(shape: Shape, m: int, dtype: torch.dtype) -> dict[str, Callable[
     gate_up = normal(m, 2 * shape.intermediate, dtype=dtype)
     logits = normal(m, shape.vocab, dtype=torch.float32)
 
-    def draw(filtered: int) -> Draw:
+    def draw(filtered: int, top_k: int = 50) -> Draw:
         return Draw(
             temperatures=torch.full((m,), 0.8, device=DEVICE),
-            top_k=torch.full((m,), 50, device=DEVICE),
+            top_k=torch.full((m,), top_k, device=DEVICE),
             top_p=torch.full((m,), 0.9, dtype=torch.float64, device=DEVICE),
             min_p=torch.zeros(m, device=DEVICE),
             filtered=ids[:filtered],
@@ -201,7 +204,7 @@ def rowwise_ops(shape: Shape, m: int, dtype: torch.dtype) -> dict[str, Callable[
             positions=ids,
         )
 
-    plain, filtered = draw(0), draw(m)
+    plain, both, top_p = draw(0), draw(m), draw(m, shape.vocab)
     return {
         "add_rms_norm": lambda: kernels.add_rms_norm(x, residual, weight, 1e-6),
         "qk norm + rope": lambda: kernels.rope_qkv(
@@ -210,17 +213,24 @@ def rowwise_ops(shape: Shape, m: int, dtype: torch.dtype) -> dict[str, Callable[
         "silu_mul": lambda: kernels.silu_mul(gate_up),
         "log_softmax": lambda: kernels.log_softmax(logits),
         "choose": lambda: choose(logits, plain),
-        "choose, top-k and top-p": lambda: choose(logits, filtered),
+        "choose, top-k and top-p": lambda: choose(logits, both),
+        "choose, top-p": lambda: choose(logits, top_p),
     }
 
 
 def bench_rowwise(name: str, shape: Shape, rows: Sequence[int], dtype: torch.dtype) -> list[str]:
-    """Lines of microseconds a call."""
+    """Lines of microseconds a call, and of a whole step: every layer's ops, then an unfiltered draw
+    with its logprobs."""
+    a_layer = {"add_rms_norm": 2, "qk norm + rope": 1, "silu_mul": 1}
+    a_step = {"add_rms_norm": 1, "log_softmax": 1, "choose": 1}
     lines = []
     for m in rows:
         ops = rowwise_ops(shape, m, dtype)
-        times = ", ".join(f"{op} {graph_ms(repeated(run)) * 100:.1f}" for op, run in ops.items())
-        lines.append(f"{name:14} M={m:<4} us: {times}")
+        us = {op: graph_ms(repeated(run)) * 100 for op, run in ops.items()}
+        calls = {op: shape.layers * a_layer.get(op, 0) + a_step.get(op, 0) for op in us}
+        total = sum(calls[op] * us[op] for op in us) / 1e3
+        times = ", ".join(f"{op} {time:.1f}" for op, time in us.items())
+        lines.append(f"{name:14} M={m:<4} us: {times}; a step {total:.3f} ms")
     return lines
 
 

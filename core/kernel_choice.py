@@ -75,6 +75,7 @@ def choose_kernels(
         decoder = build_model(model, weights, kernels, dtype, max_model_len)
         mismatches, digest = check_decoder(decoder, kernels, dtype, config.page_size)
         if not mismatches:
+            demoted += kernels.demoted(device)  # what the self-check's products showed
             why = f"self-check {digest}" + "".join(f"; not {d}" for d in demoted)
             return KernelChoice(kernels, decoder, digest, why)
         demoted.append(f"{name}: " + "; ".join(str(m) for m in mismatches))

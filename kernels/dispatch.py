@@ -85,6 +85,7 @@ def _triton() -> KernelSet:
         choose=choose.choose,
         write_kv=attention.write_kv,
         paged_attention=attention.paged_attention_torch,
+        demoted=linear.demoted,
     )
 
 

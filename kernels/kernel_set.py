@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -85,6 +86,8 @@ class KernelSet:
                      slot_mapping int64 ``[T]``) -> None
     paged_attention: (q ``[T, Hq, D]``, k_cache, v_cache, block_table int32 ``[B, max_pages]``,
                      cu_seqlens_q int32 ``[B + 1]``, seq_lens int32 ``[B]``, scale, out) -> None
+    demoted:         (device) -> a line for each way to compute an op there that gave other bits and
+                     is not used; empty for a provider that has one way
     """
 
     name: str
@@ -99,3 +102,4 @@ class KernelSet:
     choose: Callable[[Tensor, Draw], tuple[Tensor, Tensor]] | None
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+    demoted: Callable[[torch.device], Sequence[str]] = lambda device: ()

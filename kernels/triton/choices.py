@@ -1,8 +1,8 @@
 """Which candidate computes a linear: judged by its bits first, then by its time, then remembered.
 
-A candidate must reproduce the canonical tile bit for bit on the linear's own weight and on random
-rows with outlier columns. Of those that do, the fastest is taken. As all give the same bits, the
-choice is no part of what a request's result depends on.
+A candidate must reproduce the canonical tile bit for bit on every trial (``trials.py``). Of those
+that do, the fastest is taken. As all give the same bits, the choice is no part of what a request's
+result depends on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,32 +22,16 @@ from triton.runtime.errors import OutOfResources
 
 from ...errors import ConfigError, EngineError
 from ...folders import cache_folder
-from .candidates import BUCKETS, Candidate, candidates, canonical, prepared
+from .candidates import Candidate, candidates
+from .trials import Problem, Trial, random_rows, trials
 
 _log = logging.getLogger(__name__)
 
-_OUTLIER_STEP = 97
-_OUTLIER_FACTOR = 100.0
 _REPEATS = 11
 _FLUSH_BYTES = 2**28  # more than any second-level cache
 
 Timer = Callable[[Callable[[], Tensor]], float]
 """Milliseconds that a call takes on the device."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """A product's shape: ``[up to bucket, depth] @ [depth, columns]``."""
-
-    columns: int
-    depth: int
-    dtype: torch.dtype
-    out_dtype: torch.dtype
-    bucket: int
-
-    def __str__(self) -> str:
-        dtypes = f"{self.dtype}->{self.out_dtype}".replace("torch.", "")
-        return f"N{self.columns} K{self.depth} {dtypes} M{self.bucket}"
 
 
 class ChoiceFile:
@@ -105,7 +88,7 @@ def choice_file(device: torch.device) -> ChoiceFile:
 class Chooser:
     """Makes each choice once a process.
 
-    ``demoted`` says which candidates gave other bits, and for what; it is logged too.
+    ``demoted`` has, for each candidate that gave other bits, in which cases; they are logged too.
     """
 
     def __init__(
@@ -114,7 +97,7 @@ class Chooser:
         timer: Timer,
         offered: Callable[[torch.dtype, int], Sequence[Candidate]] = candidates,
     ) -> None:
-        self.demoted: list[str] = []
+        self.demoted: dict[str, list[str]] = {}
         self._file = file
         self._timer = timer
         self._offered = offered
@@ -136,17 +119,24 @@ class Chooser:
             self._chosen[problem] = self._judge(problem, weight)
         return self._chosen[problem]
 
+    def report(self) -> list[str]:
+        """A line for each candidate that gave other bits."""
+        return [
+            f"{name}, of other bits for {len(cases)} products, first {cases[0]}"
+            for name, cases in self.demoted.items()
+        ]
+
     def _judge(self, problem: Problem, weight: Tensor) -> Candidate:
         offered = self._offered(problem.dtype, problem.bucket)
-        x = random_rows(problem, weight.device)
-        expected = canonical(x, weight, problem.out_dtype)
         name = self._file.get(problem)
-        for candidate in offered:
-            if candidate.name == name and self._reproduces(candidate, problem, x, weight, expected):
-                return candidate
-        sound = [c for c in offered if self._reproduces(c, problem, x, weight, expected)]
+        remembered = [candidate for candidate in offered if candidate.name == name]
+        if remembered and self._sound(remembered, problem, weight):
+            return remembered[0]
+        others = [candidate for candidate in offered if candidate not in remembered]
+        sound = self._sound(others, problem, weight)
         if not sound:
             raise EngineError(f"Not even the canonical tile gives its own bits twice: {problem}.")
+        x = random_rows(problem, weight.device)
         times = {
             c.name: self._timer(lambda c=c: c(x, weight, problem.out_dtype, problem.bucket))  # type: ignore[misc]
             for c in sound
@@ -155,36 +145,26 @@ class Chooser:
         self._file.put(problem, best.name)
         return best
 
-    def _reproduces(
-        self, candidate: Candidate, problem: Problem, x: Tensor, weight: Tensor, expected: Tensor
-    ) -> bool:
-        """Whether the candidate gives ``expected`` for the bucket's most and fewest rows."""
-        fewest = max((b for b in BUCKETS if b < problem.bucket), default=0) + 1
-        for rows in (problem.bucket, fewest):
-            some = prepared(x[:rows], problem.dtype)
+    def _sound(
+        self, offered: Sequence[Candidate], problem: Problem, weight: Tensor
+    ) -> Sequence[Candidate]:
+        """Those that pass every trial; one trial's operands at a time are kept."""
+        for trial in trials(problem, weight):
+            offered = [c for c in offered if self._passes(c, problem, trial)]
+        return offered
+
+    def _passes(self, candidate: Candidate, problem: Problem, trial: Trial) -> bool:
+        for rows in problem.row_counts():
             try:
-                result = candidate(some, weight, problem.out_dtype, problem.bucket)
+                if trial.passed(candidate, rows):
+                    continue
             except OutOfResources:
                 return False  # a tile too large for this GPU is no mistake
-            if not same_bits(result, expected[:rows]):
-                self.demoted.append(f"{candidate.name}: other bits for {problem}, {rows} rows")
-                _log.warning("%s", self.demoted[-1])
-                return False
+            case = f"{problem}, {rows} rows"
+            self.demoted.setdefault(candidate.name, []).append(case)
+            _log.warning("%s: other bits for %s", candidate.name, case)
+            return False
         return True
-
-
-def random_rows(problem: Problem, device: torch.device) -> Tensor:
-    """``[bucket, depth]``: normal variates, every 97th column a hundred times larger."""
-    generator = torch.Generator(device).manual_seed(problem.bucket * 1_000_003 + problem.depth)
-    x = torch.randn(problem.bucket, problem.depth, generator=generator, device=device)
-    x[:, 5::_OUTLIER_STEP] *= _OUTLIER_FACTOR
-    return prepared(x, problem.dtype)
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype agree bit for bit."""
-    kind = torch.int16 if a.element_size() == 2 else torch.int32
-    return torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
 
 
 def median_ms(run: Callable[[], Tensor]) -> float:

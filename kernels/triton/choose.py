@@ -1,8 +1,12 @@
-"""Draws a token a row: edited logits in, token ids out, in one walk over the vocabulary.
+"""Draws a token a row: edited logits in, token ids out.
 
 Contract: a token scores ``(x - max) / T + noise`` in fp32, every step rounded, the noise that of
 ``kernels/philox.py``; at temperature 0 it scores ``x``. The highest score wins, the lowest id among
 equals. Maxima are exact, so the blocks' order does not matter, and a row sees nothing of others.
+
+The noise takes logarithms in fp64, of which a GPU has few. So each token's score is first put
+between two bounds in fp32, and only those that could still win are computed. Rounding never turns
+an order round, so the winner and its score are those of the contract.
 """
 
 from __future__ import annotations
@@ -16,19 +20,12 @@ from ..kernel_set import Draw
 from .elementary import NO_FMA
 from .filters import cut
 from .launch import aligned
-from .philox import gumbel_of, noise_words
+from .philox import ROUGH, gumbel_of, noise_words, rough_gumbel_of
+from .vocab import block_maxima, grid, highest_of, sizes
 
-_BLOCK = 512  # counters a program; four tokens each
 _NO_ID = tl.constexpr(2**31 - 1)
-
-
-@triton.jit
-def _score(logits_ptr, ids, word, highest, temperature, cut_logit, cut_id, VOCAB: tl.constexpr):
-    """The scores of a block of tokens; -inf for those that may not be drawn."""
-    x = tl.load(logits_ptr + ids, mask=ids < VOCAB, other=float("-inf"))
-    kept = (x > cut_logit) | ((x == cut_logit) & (ids <= cut_id))
-    score = tl.div_rn(x - highest, temperature) + gumbel_of(word)
-    return tl.where(kept & (x > float("-inf")), score, float("-inf"))
+_SURE = tl.constexpr(-3.25)
+"""Below the score of a row's likeliest token, which no filter drops: the least noise is -3.14."""
 
 
 @triton.jit
@@ -37,9 +34,39 @@ def _first_of(score, ids, best):
 
 
 @triton.jit
+def _words(seed, choice, position, block, BLOCK: tl.constexpr):
+    """uint32 ``[BLOCK]``: the noise's words of a block's tokens, by id."""
+    counter = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)
+    w0, w1, w2, w3 = noise_words(seed, choice, position, counter)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
+def _drawn(x, ids, kept, word, high, temperature):
+    """The best score of a block and its token; (-inf, no id) where none of it can win the row."""
+    cooled = tl.div_rn(x - high, temperature)
+    noise = rough_gumbel_of(word)
+    kept = kept & (x > float("-inf"))
+    most = tl.where(kept, cooled + (noise + ROUGH), float("-inf"))
+    least = tl.where(kept, cooled + (noise - ROUGH), float("-inf"))
+    possible = most >= tl.maximum(tl.max(least), _SURE)
+    best = tl.full((), float("-inf"), tl.float32)
+    best_id = tl.full((), _NO_ID, tl.int32)
+    token = tl.min(tl.where(possible, ids, _NO_ID))
+    while token < _NO_ID:  # almost always one token, or none
+        here = ids == token
+        own = tl.sum(tl.where(here, word, 0).to(tl.int64)).to(tl.uint32)
+        score = tl.max(tl.where(here, cooled, float("-inf"))) + gumbel_of(own)
+        best_id = tl.where(score > best, token, best_id)
+        best = tl.maximum(score, best)
+        token = tl.min(tl.where(possible & (ids > token), ids, _NO_ID))
+    return best, best_id
+
+
+@triton.jit
 def _choose_blocks(
     logits_ptr,
-    highest_ptr,
+    maxima_ptr,
     temperatures_ptr,
     cut_logit_ptr,
     cut_id_ptr,
@@ -48,34 +75,29 @@ def _choose_blocks(
     positions_ptr,
     best_ptr,
     best_id_ptr,
+    FILTERED: tl.constexpr,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    logits_ptr += row * VOCAB
-    counter = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ids = counter * 4
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * VOCAB + ids, mask=ids < VOCAB, other=float("-inf"))
     temperature = tl.load(temperatures_ptr + row)
     if temperature == 0.0:
-        s0 = tl.load(logits_ptr + ids, mask=ids < VOCAB, other=float("-inf"))
-        s1 = tl.load(logits_ptr + ids + 1, mask=ids + 1 < VOCAB, other=float("-inf"))
-        s2 = tl.load(logits_ptr + ids + 2, mask=ids + 2 < VOCAB, other=float("-inf"))
-        s3 = tl.load(logits_ptr + ids + 3, mask=ids + 3 < VOCAB, other=float("-inf"))
+        best = tl.max(x)
+        best_id = _first_of(x, ids, best)
     else:
-        high = tl.load(highest_ptr + row)
-        value, last = tl.load(cut_logit_ptr + row), tl.load(cut_id_ptr + row)
+        kept = ids < VOCAB
+        if FILTERED:
+            value, last = tl.load(cut_logit_ptr + row), tl.load(cut_id_ptr + row)
+            kept = kept & ((x > value) | ((x == value) & (ids <= last)))
         seed, choice = tl.load(seeds_ptr + row), tl.load(choices_ptr + row)
-        w0, w1, w2, w3 = noise_words(seed, choice, tl.load(positions_ptr + row), counter)
-        s0 = _score(logits_ptr, ids, w0, high, temperature, value, last, VOCAB)
-        s1 = _score(logits_ptr, ids + 1, w1, high, temperature, value, last, VOCAB)
-        s2 = _score(logits_ptr, ids + 2, w2, high, temperature, value, last, VOCAB)
-        s3 = _score(logits_ptr, ids + 3, w3, high, temperature, value, last, VOCAB)
-    best = tl.max(tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3)))
-    low = tl.minimum(_first_of(s0, ids, best), _first_of(s1, ids + 1, best))
-    high_id = tl.minimum(_first_of(s2, ids + 2, best), _first_of(s3, ids + 3, best))
-    at = row * tl.num_programs(1) + tl.program_id(1)
-    tl.store(best_ptr + at, best)
-    tl.store(best_id_ptr + at, tl.minimum(low, high_id))
+        word = _words(seed, choice, tl.load(positions_ptr + row), block, BLOCK)
+        high = highest_of(maxima_ptr, row, WIDTH)
+        best, best_id = _drawn(x, ids, kept, word, high, temperature)
+    tl.store(best_ptr + row * WIDTH + block, best)
+    tl.store(best_id_ptr + row * WIDTH + block, best_id)
 
 
 @triton.jit
@@ -84,8 +106,8 @@ def _choose_rows(
 ):
     row = tl.program_id(0)
     i = tl.arange(0, WIDTH)
-    scores = tl.load(best_ptr + row * BLOCKS + i, mask=i < BLOCKS, other=float("-inf"))
-    ids = tl.load(best_id_ptr + row * BLOCKS + i, mask=i < BLOCKS, other=_NO_ID)
+    scores = tl.load(best_ptr + row * WIDTH + i, mask=i < BLOCKS, other=float("-inf"))
+    ids = tl.load(best_id_ptr + row * WIDTH + i, mask=i < BLOCKS, other=_NO_ID)
     best = tl.max(scores)
     tl.store(score_ptr + row, best)
     tl.store(token_ptr + row, _first_of(scores, ids, best).to(tl.int64))
@@ -98,47 +120,34 @@ def choose(logits: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """
     logits = aligned(logits)
     rows, vocab = logits.shape
-    highest = logits.amax(dim=1)
-    cut_logit = torch.full_like(highest, -torch.inf)
-    cut_id = torch.full_like(draw.seeds, vocab)
-    which = draw.filtered
-    if which.numel():
-        cut_logit[which], cut_id[which] = cut(
-            aligned(logits[which]),
-            highest[which],
-            draw.temperatures[which],
-            draw.top_k[which],
-            draw.top_p[which],
-            draw.min_p[which],
-        )
-    blocks = triton.cdiv(vocab, 4 * _BLOCK)
-    best = logits.new_empty(rows, blocks)
-    best_id = torch.empty(rows, blocks, dtype=torch.int32, device=logits.device)
-    _choose_blocks[(rows, blocks)](
+    maxima = block_maxima(logits)
+    best = torch.empty_like(maxima)
+    best_id = torch.empty_like(maxima, dtype=torch.int32)
+    score = logits.new_empty(rows)
+    token_ids = torch.empty_like(draw.seeds)
+    filtered = draw.filtered.numel() > 0
+    _choose_blocks[grid(rows, vocab)](
         logits,
-        highest,
+        maxima,
         draw.temperatures,
-        cut_logit,
-        cut_id,
+        *(cut(logits, maxima, draw) if filtered else (score, token_ids)),
         draw.seeds,
         draw.choices,
         draw.positions,
         best,
         best_id,
-        VOCAB=vocab,
-        BLOCK=_BLOCK,
+        FILTERED=filtered,
         num_warps=4,
+        **sizes(vocab),
         **NO_FMA,
     )
-    score = torch.empty_like(highest)
-    token_ids = torch.empty_like(draw.seeds)
     _choose_rows[(rows,)](
         best,
         best_id,
         score,
         token_ids,
-        BLOCKS=blocks,
-        WIDTH=triton.next_power_of_2(blocks),
+        BLOCKS=grid(rows, vocab)[1],
+        WIDTH=best.shape[1],
         num_warps=1,
         **NO_FMA,
     )

@@ -4,10 +4,10 @@ All three keep a prefix of the tokens in descending order of logit, ties by lowe
 (``sampling/filters.py``), so a row's result is its last token: every token with a higher logit is
 kept, and of the equal ones those up to its id.
 
-Contract: one program a row. A token weighs ``e^((x - max) / T)``, as an integer of ``2^-40``. All
-that is compared are counts and integer sums, which are exact: no order of addition matters. The cut
-is found by bisection over the 32 bits of an order-preserving key, twice: for the count, then for
-the mass.
+Contract: a token weighs ``e^((x - max) / T)``, as an integer of ``2^-40``. All that is compared are
+counts and integer sums, which are exact: no order of addition matters. The cut's logit is found by
+radix selection (``radix.py``), by count for top-k and min-p, then by mass for top-p; the two share
+their first tallies. Tokens of logit -inf are left out: no row draws them.
 """
 
 from __future__ import annotations
@@ -17,170 +17,255 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import NO_FMA, exp_f32
-
-_BLOCK = 4096
-_ONE = tl.constexpr(2.0**40)
-
-
-@triton.jit
-def _weigh(
-    logits_ptr, highest_ptr, temperatures_ptr, out_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + row * VOCAB + i, mask=i < VOCAB, other=float("-inf"))
-    shifted = x - tl.load(highest_ptr + row)
-    weight = exp_f32(tl.div_rn(shifted, tl.load(temperatures_ptr + row)))
-    tl.store(out_ptr + row * VOCAB + i, weight, mask=i < VOCAB)
+from ..kernel_set import Draw
+from .elementary import NO_FMA
+from .radix import FIRST, NEXT, NEXT_BITS, descend, keys_of, logit_of, tally, weights_of
+from .vocab import grid, highest_of, sizes
 
 
 @triton.jit
-def _keys(logits_ptr, first, lane, VOCAB: tl.constexpr):
-    """uint32 in the order of the logits, -0 as 0; past the end 0, which no logit has."""
-    inside = first + lane < VOCAB
-    x = tl.load(logits_ptr + first + lane, mask=inside, other=0.0)
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
-    key = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
-    return tl.where(inside, key, 0)
-
-
-@triton.jit
-def _masses(weights_ptr, first, lane, VOCAB: tl.constexpr):
-    weight = tl.load(weights_ptr + first + lane, mask=first + lane < VOCAB, other=0.0)
-    return (weight * _ONE).to(tl.int64)
-
-
-@triton.jit
-def _measure(logits_ptr, weights_ptr, bound, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """Count and mass of the tokens whose key is at least ``bound``."""
-    lane = tl.arange(0, BLOCK)
-    count = tl.zeros((BLOCK,), tl.int64)
-    mass = tl.zeros((BLOCK,), tl.int64)
-    for first in range(0, VOCAB, BLOCK):
-        above = _keys(logits_ptr, first, lane, VOCAB) >= bound
-        count += above.to(tl.int64)
-        mass += tl.where(above, _masses(weights_ptr, first, lane, VOCAB), 0)
-    return tl.sum(count), tl.sum(mass)
-
-
-@triton.jit
-def _bisect(
+def _survey(
     logits_ptr,
-    weights_ptr,
-    count_wanted,
-    mass_wanted,
-    VOCAB: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The highest key such that the tokens from it upwards have both the count and the mass."""
-    key = tl.full((), 0, tl.uint32)
-    bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32):
-        count, mass = _measure(logits_ptr, weights_ptr, key | bit, VOCAB, BLOCK)
-        key = tl.where((count >= count_wanted) & (mass >= mass_wanted), key | bit, key)
-        bit = bit >> 1
-    return key
-
-
-@triton.jit
-def _at(logits_ptr, weights_ptr, key, limit, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the tokens with this key: how many the limit leaves, each one's mass, the mass above."""
-    higher, mass_higher = _measure(logits_ptr, weights_ptr, key + 1, VOCAB, BLOCK)
-    count_from, mass_from = _measure(logits_ptr, weights_ptr, key, VOCAB, BLOCK)
-    each = (mass_from - mass_higher) // (count_from - higher)
-    return limit - higher, each, mass_higher
-
-
-@triton.jit
-def _cut(
-    logits_ptr,
-    weights_ptr,
+    maxima_ptr,
+    which_ptr,
+    temperatures_ptr,
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
-    cut_logit_ptr,
-    cut_id_ptr,
+    state_ptr,
+    counts_ptr,
+    masses_ptr,
     VOCAB: tl.constexpr,
     BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    row = tl.program_id(0)
-    logits_ptr += row.to(tl.int64) * VOCAB
-    weights_ptr += row.to(tl.int64) * VOCAB
-    top_k = tl.load(top_k_ptr + row).to(tl.int64)
-    top_p = tl.load(top_p_ptr + row)
+    """The first digit's tallies, and how many tokens are possible and likely enough."""
+    at = tl.program_id(0).to(tl.int64)
+    row = tl.load(which_ptr + at)
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * VOCAB + ids, mask=ids < VOCAB, other=float("-inf"))
+    possible = x > float("-inf")
+    high = highest_of(maxima_ptr, row, WIDTH)
+    weight = weights_of(x, high, tl.load(temperatures_ptr + row))
     min_p = tl.load(min_p_ptr + row)
-    lane = tl.arange(0, BLOCK)
+    likely = possible & (weight >= min_p)
+    tl.atomic_add(state_ptr + at * 4, tl.sum(possible.to(tl.int64)), sem="relaxed")
+    tl.atomic_add(state_ptr + at * 4 + 1, tl.sum(likely.to(tl.int64)), sem="relaxed")
+    by_count = (tl.load(top_k_ptr + row) < VOCAB) | (min_p > 0.0)
+    by_mass = tl.load(top_p_ptr + row) < 1.0
+    digit = keys_of(x) >> (2 * NEXT_BITS)
+    counts_ptr += at * FIRST
+    masses_ptr += at * FIRST
+    tally(counts_ptr, masses_ptr, digit, weight, possible, by_count, by_mass)
 
-    # How many tokens min-p and top-k leave, what the last of them is, and their mass.
-    likely = tl.zeros((BLOCK,), tl.int64)
-    for first in range(0, VOCAB, BLOCK):
-        inside = first + lane < VOCAB
-        weight = tl.load(weights_ptr + first + lane, mask=inside, other=-1.0)
-        likely += (weight >= min_p).to(tl.int64)
-    limit = tl.maximum(tl.minimum(tl.sum(likely), top_k), 1)
-    zero = tl.full((), 0, tl.int64)
-    key = tl.full((), 0x007FFFFF, tl.uint32)  # of -inf: nothing is cut
-    ties = zero + VOCAB
-    if limit < VOCAB:
-        key = _bisect(logits_ptr, weights_ptr, limit, zero, VOCAB, BLOCK)
-        ties, each, mass_higher = _at(logits_ptr, weights_ptr, key, limit, VOCAB, BLOCK)
-        mass = mass_higher + ties * each
-    else:
-        _, mass = _measure(logits_ptr, weights_ptr, key, VOCAB, BLOCK)
+
+@triton.jit
+def _tally(
+    logits_ptr,
+    maxima_ptr,
+    which_ptr,
+    temperatures_ptr,
+    state_ptr,
+    counts_ptr,
+    masses_ptr,
+    BELOW: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """A later digit's tallies, of the tokens whose digits so far are those found."""
+    at = tl.program_id(0).to(tl.int64)
+    row = tl.load(which_ptr + at)
+    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * VOCAB + ids, mask=ids < VOCAB, other=float("-inf"))
+    key = keys_of(x) >> BELOW
+    found = (x > float("-inf")) & ((key >> NEXT_BITS) == tl.load(state_ptr + at * 4))
+    if tl.sum(found.to(tl.int32)) > 0:
+        high = highest_of(maxima_ptr, row, WIDTH)
+        weight = weights_of(x, high, tl.load(temperatures_ptr + row))
+        digit = key & (NEXT - 1)
+        counts_ptr += at * NEXT
+        masses_ptr += at * NEXT
+        tally(counts_ptr, masses_ptr, digit, weight, found, True, True)
+
+
+@triton.jit
+def _put(state_ptr, digits, wanted, higher):
+    """A search's state: the digits found, or -1; what is still wanted; the mass above."""
+    tl.store(state_ptr, digits)
+    tl.store(state_ptr + 1, wanted)
+    tl.store(state_ptr + 2, higher)
+
+
+@triton.jit
+def _start_by_count(which_ptr, top_k_ptr, state_ptr, counts_ptr, masses_ptr):
+    """From the first tallies: the digit of the last token that min-p and top-k leave."""
+    at = tl.program_id(0).to(tl.int64)
+    state_ptr += at * 4
+    counts_ptr += at * FIRST
+    masses_ptr += at * FIRST
+    possible, likely = tl.load(state_ptr), tl.load(state_ptr + 1)
+    limit = tl.maximum(tl.minimum(likely, tl.load(top_k_ptr + tl.load(which_ptr + at))), 1)
+    if limit < possible:
+        digit, above, higher, _, _ = descend(counts_ptr, masses_ptr, limit, FIRST, False)
+        _put(state_ptr, digit, limit - above, higher)
+    else:  # nothing is cut, and the mass is that of all
+        mass = tl.sum(tl.load(masses_ptr + tl.arange(0, FIRST)))
+        _put(state_ptr, tl.full((), -1, tl.int64), limit, mass)
+
+
+@triton.jit
+def _continue(state_ptr, counts_ptr, masses_ptr, BY_MASS: tl.constexpr):
+    """The second digit."""
+    at = tl.program_id(0).to(tl.int64)
+    state_ptr += at * 4
+    counts_ptr += at * NEXT
+    masses_ptr += at * NEXT
+    digits, wanted = tl.load(state_ptr), tl.load(state_ptr + 1)
+    if digits >= 0:
+        digit, above, more, _, _ = descend(counts_ptr, masses_ptr, wanted, NEXT, BY_MASS)
+        higher = tl.load(state_ptr + 2) + more
+        _put(state_ptr, (digits << NEXT_BITS) | digit, wanted - above, higher)
+
+
+@triton.jit
+def _turn_to_mass(
+    which_ptr,
+    top_p_ptr,
+    state_ptr,
+    cut_ptr,
+    counts_ptr,
+    masses_ptr,
+    first_counts_ptr,
+    first_masses_ptr,
+):
+    """The last digit by count: a cut. Then, from the first tallies, the first digit by mass."""
+    at = tl.program_id(0).to(tl.int64)
+    state_ptr += at * 4
+    counts_ptr += at * NEXT
+    masses_ptr += at * NEXT
+    digits, wanted, mass = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2)
+    key = digits
+    ties = wanted
+    if digits >= 0:
+        digit, above, more, count, own = descend(counts_ptr, masses_ptr, wanted, NEXT, False)
+        key = (digits << NEXT_BITS) | digit
+        ties = wanted - above
+        mass = mass + more + ties * (own // count)
+    tl.store(cut_ptr + at * 2, key)
+    tl.store(cut_ptr + at * 2 + 1, ties)
+    top_p = tl.load(top_p_ptr + tl.load(which_ptr + at))
     if top_p < 1.0:
         needed = tl.maximum((mass.to(tl.float64) * top_p).to(tl.int64), 1)
-        key = _bisect(logits_ptr, weights_ptr, zero, needed, VOCAB, BLOCK)
-        _, each, mass_higher = _at(logits_ptr, weights_ptr, key, limit, VOCAB, BLOCK)
-        ties = (needed - mass_higher + each - 1) // each
-
-    # The last of the equal tokens that is kept, by id.
-    last = tl.full((), -1, tl.int64)
-    seen = zero
-    for first in range(0, VOCAB, BLOCK):
-        equal = (_keys(logits_ptr, first, lane, VOCAB) == key).to(tl.int64)
-        kept = (equal != 0) & (seen + tl.cumsum(equal, 0) <= ties)
-        last = tl.maximum(last, tl.max(tl.where(kept, (first + lane).to(tl.int64), -1)))
-        seen += tl.sum(equal)
-    bits = tl.where((key >> 31) != 0, key & 0x7FFFFFFF, ~key)
-    tl.store(cut_logit_ptr + row, bits.to(tl.float32, bitcast=True))
-    tl.store(cut_id_ptr + row, last)
+        first_counts_ptr += at * FIRST
+        first_masses_ptr += at * FIRST
+        digit, above, higher, _, _ = descend(
+            first_counts_ptr, first_masses_ptr, needed, FIRST, True
+        )
+        _put(state_ptr, digit, needed - above, higher)
+    else:
+        _put(state_ptr, tl.full((), -1, tl.int64), wanted, mass)
 
 
-def cut(
-    logits: Tensor,
-    highest: Tensor,
-    temperatures: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-) -> tuple[Tensor, Tensor]:
+@triton.jit
+def _finish_by_mass(state_ptr, cut_ptr, counts_ptr, masses_ptr):
+    """The last digit by mass: a cut within that by count."""
+    at = tl.program_id(0).to(tl.int64)
+    state_ptr += at * 4
+    counts_ptr += at * NEXT
+    masses_ptr += at * NEXT
+    digits, wanted = tl.load(state_ptr), tl.load(state_ptr + 1)
+    if digits >= 0:
+        digit, above, _, count, own = descend(counts_ptr, masses_ptr, wanted, NEXT, True)
+        each = own // count
+        tl.store(cut_ptr + at * 2, (digits << NEXT_BITS) | digit)
+        tl.store(cut_ptr + at * 2 + 1, (wanted - above + each - 1) // each)
+
+
+@triton.jit
+def _count_ties(
+    logits_ptr,
+    which_ptr,
+    cut_ptr,
+    ties_ptr,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """How many tokens of each block have the cut's very logit."""
+    at, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.load(which_ptr + at)
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits_ptr + row * VOCAB + ids, mask=ids < VOCAB, other=float("-inf"))
+    equal = keys_of(x) == tl.load(cut_ptr + at * 2)
+    tl.store(ties_ptr + at * WIDTH + block, tl.sum(equal.to(tl.int32)))
+
+
+@triton.jit
+def _last_tie(
+    logits_ptr,
+    which_ptr,
+    cut_ptr,
+    ties_ptr,
+    cut_logit_ptr,
+    cut_id_ptr,
+    BLOCKS: tl.constexpr,
+    VOCAB: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The id of the last token of the cut's logit that is kept."""
+    at = tl.program_id(0).to(tl.int64)
+    row = tl.load(which_ptr + at)
+    key, wanted = tl.load(cut_ptr + at * 2), tl.load(cut_ptr + at * 2 + 1)
+    if key >= 0:
+        i = tl.arange(0, WIDTH)
+        ties = tl.load(ties_ptr + at * WIDTH + i, mask=i < BLOCKS, other=0)
+        short = (i < BLOCKS) & (tl.cumsum(ties, 0) < wanted)
+        block = tl.sum(short.to(tl.int32))
+        ids = block * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + row * VOCAB + ids, mask=ids < VOCAB, other=float("-inf"))
+        equal = keys_of(x) == key
+        seen = tl.sum(tl.where(short, ties, 0)) + tl.cumsum(equal.to(tl.int32), 0)
+        last = tl.max(tl.where(equal & (seen <= wanted), ids, -1))
+        tl.store(cut_logit_ptr + row, logit_of(key))
+        tl.store(cut_id_ptr + row, last.to(tl.int64))
+
+
+def cut(logits: Tensor, maxima: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
     """The last token that each row keeps: (its logit fp32 ``[R]``, its id int64 ``[R]``).
 
-    logits:       fp32 ``[R, V]``, aligned, before temperature
-    highest:      fp32 ``[R]``, each row's maximum
-    temperatures: fp32 ``[R]``, above 0
-    top_k:        int64 ``[R]``, V or more where it is off
-    top_p:        fp64 ``[R]``, 1 where it is off
-    min_p:        fp32 ``[R]``, 0 where it is off
+    Rows that are not in ``draw.filtered``, and those that lose nothing, keep all: (-inf, V).
+
+    logits: fp32 ``[R, V]``, aligned, before temperature
+    maxima: fp32 ``[R, WIDTH]``, of ``block_maxima``
     """
-    rows, vocab = logits.shape
-    weights = torch.empty_like(logits)
-    grid = (rows, triton.cdiv(vocab, _BLOCK))
-    _weigh[grid](logits, highest, temperatures, weights, VOCAB=vocab, BLOCK=_BLOCK, **NO_FMA)
-    cut_logit = highest.new_empty(rows)
-    cut_id = top_k.new_empty(rows)
-    _cut[(rows,)](
-        logits,
-        weights,
-        top_k,
-        top_p,
-        min_p,
-        cut_logit,
-        cut_id,
-        VOCAB=vocab,
-        BLOCK=_BLOCK,
-        num_warps=8,
-        **NO_FMA,
-    )
+    vocab = logits.shape[1]
+    which, constants = draw.filtered, sizes(vocab) | NO_FMA
+    rows = which.numel()
+    programs = grid(rows, vocab)
+    cut_logit = torch.full_like(draw.temperatures, -torch.inf)
+    cut_id = torch.full_like(draw.seeds, vocab)
+    found = which.new_empty(rows, 2)
+    ties = torch.empty(rows, constants["WIDTH"], dtype=torch.int32, device=which.device)
+    # The search's state, then counts and masses of the first digit and of four later ones.
+    lengths = [rows * n for n in (4, *[FIRST.value] * 2, *[NEXT.value] * 8)]
+    state, *tallies = which.new_zeros(sum(lengths)).split(lengths)
+    first, second, third, fourth, fifth = zip(tallies[::2], tallies[1::2], strict=True)
+    of_rows = (logits, maxima, which, draw.temperatures)
+
+    limits = (draw.top_k, draw.top_p, draw.min_p)
+    _survey[programs](*of_rows, *limits, state, *first, **constants)
+    _start_by_count[(rows,)](which, draw.top_k, state, *first, num_warps=8)
+    _tally[programs](*of_rows, state, *second, BELOW=NEXT_BITS.value, **constants)
+    _continue[(rows,)](state, *second, BY_MASS=False)
+    _tally[programs](*of_rows, state, *third, BELOW=0, **constants)
+    _turn_to_mass[(rows,)](which, draw.top_p, state, found, *third, *first, num_warps=8)
+    _tally[programs](*of_rows, state, *fourth, BELOW=NEXT_BITS.value, **constants)
+    _continue[(rows,)](state, *fourth, BY_MASS=True)
+    _tally[programs](*of_rows, state, *fifth, BELOW=0, **constants)
+    _finish_by_mass[(rows,)](state, found, *fifth)
+    _count_ties[programs](logits, which, found, ties, **constants)
+    blocks = programs[1]
+    _last_tie[(rows,)](logits, which, found, ties, cut_logit, cut_id, BLOCKS=blocks, **constants)
     return cut_logit, cut_id

@@ -12,14 +12,20 @@ import torch
 from torch import Tensor
 
 from .candidates import BUCKETS, bucket_of, canonical, prepared
-from .choices import Chooser, Problem, choice_file, median_ms
+from .choices import Chooser, choice_file, median_ms
 from .launch import aligned
+from .trials import Problem
 
 
 @functools.cache
 def chooser(device: torch.device) -> Chooser:
     """The one that serves every linear on a CUDA device."""
     return Chooser(choice_file(device), median_ms)
+
+
+def demoted(device: torch.device) -> list[str]:
+    """The ways to compute a linear that gave other bits on ``device``, a line each."""
+    return chooser(device).report() if device.type == "cuda" else []
 
 
 class TritonLinear:

@@ -11,6 +11,9 @@ from .elementary import NO_FMA, log_f64
 
 _BLOCK = 256
 
+ROUGH = tl.constexpr(2.0**-9)
+"""More than any error of ``rough_gumbel_of``, the hardware's quick logarithms included."""
+
 
 @triton.jit
 def noise_words(seed, choice, position, counter):
@@ -30,6 +33,18 @@ def gumbel_of(word):
     """``-ln(-ln u)`` with ``u = (word + 0.5) 2^-32``, in fp64, rounded to fp32."""
     uniform = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10
     return -log_f64(-log_f64(uniform)).to(tl.float32)
+
+
+@triton.jit
+def rough_gumbel_of(word):
+    """``gumbel_of`` within ``ROUGH``, in fp32: a tenth of the work.
+
+    ``-ln u`` is ``-ln(1 - t)`` with ``t = 1 - u``; near ``u = 1`` by its series, as fp32 would lose
+    ``t`` beside the one.
+    """
+    t = ((~word).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    u = (word.to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    return -tl.log(tl.where(t < 0.015625, t + t * t * 0.5, -tl.log(u)))
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from isobit.kernels.elementary import exp_f32, log_f64
 from isobit.kernels.kernel_set import Draw, KernelSet, QkNorm
 from isobit.kernels.rope import rope_table
 from isobit.kernels.selfcheck import check_rowwise
-from isobit.kernels.triton.choices import same_bits
+from isobit.kernels.triton.trials import same_bits
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EXACT_DTYPES = [torch.float32, torch.float16]

@@ -18,10 +18,11 @@ from isobit.errors import EngineError
 from isobit.kernels.dispatch import load_kernels
 from isobit.kernels.kernel_set import Draw, KernelSet
 from isobit.kernels.philox import gumbel_torch, philox_4x32_10
-from isobit.kernels.triton.choices import same_bits
 from isobit.kernels.triton.choose import choose
 from isobit.kernels.triton.filters import cut
 from isobit.kernels.triton.philox import gumbel, noise_words
+from isobit.kernels.triton.trials import same_bits
+from isobit.kernels.triton.vocab import block_maxima
 from isobit.sampling.filters import kept_ids
 from isobit.sampling.params import SamplingParams
 from isobit.sampling.rows import SamplingRow
@@ -123,8 +124,7 @@ def draw_of(rows: Sequence[SamplingRow], vocab: int = VOCAB) -> Draw:
 
 def kept_by_cut(logits: Tensor, draw: Draw) -> Tensor:
     """Mask ``[R, V]`` of the tokens up to each row's cut."""
-    highest = logits.amax(1)
-    value, last = cut(logits, highest, draw.temperatures, draw.top_k, draw.top_p, draw.min_p)
+    value, last = cut(logits, block_maxima(logits), draw)
     ids = torch.arange(logits.shape[1], device=DEVICE)
     return (logits > value[:, None]) | ((logits == value[:, None]) & (ids <= last[:, None]))
 
@@ -159,13 +159,7 @@ def test_the_draw_is_its_formula() -> None:
     rows = rows_of(PARAMS)
     logits, draw = logits_of(len(rows)), draw_of(rows)
     token_ids, scores = choose(logits, draw)
-    kept = torch.ones_like(logits, dtype=torch.bool)
-    some = logits[draw.filtered]
-    part = {
-        name: getattr(draw, name)[draw.filtered]
-        for name in ("temperatures", "top_k", "top_p", "min_p", "seeds", "choices", "positions")
-    }
-    kept[draw.filtered] = kept_by_cut(some, replace(draw, **part))
+    kept = kept_by_cut(logits, draw)
     noise = gumbel_torch(draw.seeds, draw.choices, draw.positions, VOCAB)
     shifted = logits - logits.amax(1, keepdim=True)
     warm = shifted / draw.temperatures[:, None] + noise

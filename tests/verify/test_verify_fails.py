@@ -135,3 +135,21 @@ def test_auto_demotes_a_broken_provider_and_says_so(monkeypatch: pytest.MonkeyPa
         row = next(row for row in llm.report.rows if row[0] == "kernels")
     assert row[1] == "torch"
     assert "not native" in row[2]
+
+
+def test_the_report_names_ways_that_gave_other_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Providers with several ways for an op, such as triton, say which they do not use."""
+    from dataclasses import replace
+
+    from isobit.core import kernel_choice
+    from isobit.kernels.dispatch import load_kernels
+
+    line = "cublaslt, of other bits for 3 products, first N40 K300"
+
+    def with_ways(name: str, device: torch.device) -> object:
+        return replace(load_kernels(name, device), demoted=lambda device: [line])
+
+    monkeypatch.setattr(kernel_choice, "load_kernels", with_ways)
+    with LLM("tiny-qwen3", load_format="random") as llm:
+        row = next(row for row in llm.report.rows if row[0] == "kernels")
+    assert row[2].endswith(f"; not {line}")
