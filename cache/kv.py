@@ -33,5 +33,6 @@ def allocate_layers(backend: AttentionBackend, num_pages: int) -> list[LayerCach
     except RuntimeError as error:  # what torch raises when an allocation fails
         raise ConfigError(
             f"a KV cache of {num_pages * bytes_per_page(backend)} bytes was asked for, but the "
-            f"memory cannot be had: {error}. Lower kv_cache_memory."
+            f"memory cannot be had: {error}. Lower kv_cache_memory, or on a GPU "
+            "gpu_memory_utilization."
         ) from error

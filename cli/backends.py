@@ -80,13 +80,14 @@ def _proved(proofs: list[Any]) -> str:
 
 def _requirements(kwargs: dict[str, Any]) -> Any:
     from ..core.config import EngineConfig
+    from ..core.devices import resolve_device
     from ..core.startup import requirements
     from ..models.registry import load_model_config
 
     config = EngineConfig(**kwargs)
     _, model = load_model_config(config.model, random=config.load_format == "random")
     dtype = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
-    return requirements(config, model, dtype)
+    return requirements(config, model, dtype, resolve_device(config.device))
 
 
 def _taken(name: str, requirements: Any, host: Any) -> str:

@@ -17,6 +17,7 @@ _PLAIN = (
     "attention_backend",
     "deterministic",
     "dtype",
+    "device",
     "kernels",
     "load_format",
     "sampling_seed",
@@ -25,6 +26,8 @@ _PLAIN = (
     "max_model_len",
     "page_size",
     "kv_cache_memory",
+    "gpu_memory_utilization",
+    "cuda_graph_max_bs",
     "disable_plugins",
     "strict_plugins",
 )
@@ -62,6 +65,7 @@ def engine_options(function: F) -> F:
             help="Hold every invariance, or lift the constraints.",
         ),
         click.option("--dtype", default="auto", show_default=True, help="float32 or bfloat16."),
+        click.option("--device", default="auto", show_default=True, help="cpu, cuda or auto."),
         click.option(
             "--kernels", default="auto", show_default=True, help="native, torch or triton."
         ),
@@ -77,9 +81,23 @@ def engine_options(function: F) -> F:
         click.option("--max-model-len", type=int, default=None, help="Default: the model's."),
         click.option("--page-size", type=int, default=16, show_default=True),
         click.option("--kv-cache-memory", default=None, help="Such as 2GiB. Default: chosen."),
+        click.option(
+            "--gpu-memory-utilization",
+            type=click.FloatRange(0, 1, min_open=True),
+            default=0.9,
+            show_default=True,
+            help="Share of a GPU's memory to use.",
+        ),
         toggle("chunked_prefill", "Compute long prompts in several steps."),
         toggle("radix_cache", "Reuse prefixes of earlier requests."),
         toggle("cuda_graph", "Capture and replay CUDA graphs."),
+        click.option(
+            "--cuda-graph-max-bs",
+            type=int,
+            default=256,
+            show_default=True,
+            help="Largest captured step, in requests.",
+        ),
         click.option("--threads", type=int, default=None, help="CPU threads. Default: torch's."),
         plugin_options,
     ]

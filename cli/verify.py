@@ -61,7 +61,9 @@ def command(
     from ..core.llm import LLM
     from ..verify.restart import RestartSpec
 
-    with LLM(**kwargs) as llm:
+    # On a GPU the engine of the restart proof stands beside this one, so each has half.
+    half = {"gpu_memory_utilization": kwargs["gpu_memory_utilization"] / 2}
+    with LLM(**(kwargs | half)) as llm:
         click.echo(str(llm.report) + "\n", err=True)
         if test_mode == "all":
             spec = RestartSpec(kwargs, torch.get_num_threads())

@@ -12,7 +12,7 @@ from ..sampling.strict import refuse_unknown
 
 Toggle = bool | Literal["auto"]
 
-DEVICES = ("cpu",)
+DEVICES = ("cpu", "cuda")
 """Device types that the engine runs on."""
 
 _MEMORY_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -30,17 +30,24 @@ class EngineConfig:
         backends may choose their reduction order by the batch.
     :param dtype: ``"float32"``, ``"bfloat16"`` or ``"auto"``: the checkpoint's where the backend
         offers it, else float32.
-    :param device: ``"cpu"``.
+    :param device: ``"cpu"``, ``"cuda"`` (torch's current one), or ``"auto"``: CUDA where there is a
+        device.
     :param sampling_seed: the seed of requests that bring none.
     :param max_num_seqs: requests in one step at most.
     :param max_num_batched_tokens: tokens in one step at most (the chunked-prefill budget).
     :param max_model_len: prompt plus output at most; ``None`` takes the model's own limit.
     :param page_size: tokens in a KV page, 1 to 256.
     :param kv_cache_memory: bytes for the KV cache, or a string such as ``"2GiB"``; ``None`` takes
-        what ``max_num_seqs`` requests of full length need, at most 4 GiB and 30% of free memory.
+        on the CPU what ``max_num_seqs`` requests of full length need, at most 4 GiB and 30% of free
+        memory, and on CUDA what ``gpu_memory_utilization`` leaves.
+    :param gpu_memory_utilization: share of the GPU's memory that may be used, above 0 and at most
+        1: weights, a step at its height, other processes; the KV cache takes what is left of it.
+        Captured graphs come out of the rest.
     :param chunked_prefill: compute long prompts in several steps, mixed with decoding.
     :param radix_cache: reuse prefixes of earlier requests.
-    :param cuda_graph: capture and replay CUDA graphs.
+    :param cuda_graph: capture decode steps as CUDA graphs at start-up, and replay them.
+    :param cuda_graph_max_bs: largest number of requests in a captured step; larger ones run as
+        they do without graphs.
     :param load_format: ``"auto"`` (safetensors) or ``"random"`` (from a config alone).
     :param load_seed: seed of random weights.
     :param kernels: ``"native"`` (CPU), ``"triton"`` (CUDA), ``"torch"``, ``"auto"``; or
@@ -55,16 +62,18 @@ class EngineConfig:
     attention_backend: str = "auto"
     deterministic: bool = True
     dtype: str = "auto"
-    device: str = "cpu"
+    device: str = "auto"
     sampling_seed: int = 42
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     max_model_len: int | None = None
     page_size: int = 16
     kv_cache_memory: int | str | None = None
+    gpu_memory_utilization: float = 0.9
     chunked_prefill: Toggle = "auto"
     radix_cache: Toggle = "auto"
     cuda_graph: Toggle = "auto"
+    cuda_graph_max_bs: int = 256
     load_format: str = "auto"
     load_seed: int = 0
     kernels: str = "auto"
@@ -81,7 +90,7 @@ class EngineConfig:
         for name in ("deterministic", "strict_plugins"):
             _one_of(name, getattr(self, name), (True, False))
         _one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
-        _one_of("device", self.device, DEVICES)
+        _one_of("device", self.device, ("auto", *DEVICES))
         _one_of("load_format", self.load_format, ("auto", "random"))
         _one_of("kernels", self.kernels, ("auto", "native", "torch", "triton", "library"))
         for name in ("chunked_prefill", "radix_cache", "cuda_graph"):
@@ -90,6 +99,7 @@ class EngineConfig:
             ("max_num_seqs", 1, 2**16),
             ("max_num_batched_tokens", 1, 2**20),
             ("page_size", 1, 256),
+            ("cuda_graph_max_bs", 1, 2**16),
             ("sampling_seed", -(2**63), 2**63 - 1),
             ("load_seed", -(2**63), 2**63 - 1),
         ):
@@ -98,6 +108,11 @@ class EngineConfig:
             _in_range("max_model_len", self.max_model_len, 2, 2**24)
         if self.kv_cache_memory is not None:
             parse_memory(self.kv_cache_memory)
+        share = self.gpu_memory_utilization
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization was {share!r}; wanted a number above 0 and at most 1."
+            )
         if self.kernels == "library" and self.deterministic:
             raise ConfigError(
                 "kernels='library' was asked for together with deterministic=True, but torch's "

@@ -50,13 +50,13 @@ def choose_kernels(
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
     max_model_len: int,
+    device: torch.device,
 ) -> KernelChoice:
     """The first provider that is available and passes its self-check.
 
     :raises ConfigError: the provider asked for cannot run here.
     :raises SelfCheckError: none kept its contract; the message has every mismatch.
     """
-    device = torch.device(config.device)
     if not config.deterministic:
         name = "library" if config.kernels == "auto" else config.kernels
         kernels = load_kernels(name, device)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ..backends.matrix import Resolved, Selection
+from ..backends.rules import installed_version
 from ..models.config import ModelConfig
 from ..plugins.manager import PluginHost
 from .config import EngineConfig
+from .devices import describe_device
 from .kernel_choice import KernelChoice
+from .memory import DeviceMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +43,13 @@ def fingerprint_parts(
     dtype: torch.dtype,
     selection: Selection,
     choice: KernelChoice,
+    device: torch.device,
 ) -> dict[str, str]:
     """Everything that the bits depend on but the request."""
     from .. import __version__
 
     backend = f"{selection.spec.name} ({selection.distribution} {selection.version})"
-    return {
+    parts = {
         "isobit": __version__,
         "weights": weights,
         "model": repr(model),
@@ -57,8 +60,12 @@ def fingerprint_parts(
         "kernels": choice.kernels.name,
         "self_check": choice.digest,
         "torch": torch.__version__,
-        "device": f"{config.device} {platform.machine()}",
+        "device": f"{device.type} {describe_device(device)}",
     }
+    if device.type == "cuda":
+        parts["cuda"] = str(torch.version.cuda)
+        parts["triton"] = installed_version("triton") or "not installed"
+    return parts
 
 
 def fingerprint_of(parts: Mapping[str, str]) -> str:
@@ -100,6 +107,24 @@ def report_rows(
         ("kernels", choice.kernels.name, choice.why),
         ("KV cache", f"{num_pages} pages", f"{tokens} tokens in pages of {config.page_size}"),
     ]
+
+
+def device_rows(
+    config: EngineConfig, device: torch.device, memory: DeviceMemory | None, kv_bytes: int
+) -> list[tuple[str, str, str]]:
+    """What the engine runs on and, on a GPU, where its memory goes."""
+    why = "auto" if config.device == "auto" else "asked for"
+    rows = [("device", device.type, f"{why}: {describe_device(device)}")]
+    if memory is not None:
+        step = _gib(memory.peak - memory.weights)
+        left = _gib(memory.free + memory.reserved - memory.peak - kv_bytes)
+        about = f"{_gib(memory.weights)} weights, {step} a step, {_gib(kv_bytes)} KV, {left} free"
+        rows.append(("memory", f"{_gib(memory.total)} GiB", f"{about} (GiB)"))
+    return rows
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f}"
 
 
 def promise(config: EngineConfig) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from ..errors import BackendError
 from ..kernels.kernel_set import KernelSet
 from ..models.decoder import Decoder
 from ..sampling.sampler import SampledRow, SamplingRow, sample, score_prompt
+from .devices import current_device
+from .packing import pack, to_device
 from .request import Request
 from .scheduler import ScheduledSeq, Step
 
@@ -62,6 +65,7 @@ class Runner:
     ) -> None:
         self.decoder = decoder
         self.backend = backend
+        self.device = backend.config.device
         self.layers = layers
         self.kernels = kernels
         self.sampling_seed = sampling_seed
@@ -79,53 +83,25 @@ class Runner:
         :raises BackendError: the backend raised an error; it is the cause.
         :raises LogitsProcessorError: a request's own processor failed.
         """
-        batch = self.prepare(step.seqs)
-        owners = _row_owners(step.seqs) if self.observer else []
-        hidden = self.forward(batch, owners)
-        return self._finish(step.seqs, hidden, owners)
+        with current_device(self.device):
+            batch = self.prepare(step.seqs)
+            owners = _row_owners(step.seqs) if self.observer else []
+            hidden = self.forward(batch, owners)
+            return self._finish(step.seqs, hidden, owners)
 
     def prepare(self, seqs: Sequence[ScheduledSeq]) -> Batch:
         """The packed index tensors of a step."""
-        page_size = self.backend.config.page_size
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        for seq in seqs:
-            stop = seq.start + seq.num_tokens
-            tokens += seq.request.token_slice(seq.start, stop)
-            positions += range(seq.start, stop)
-            pages = seq.request.page_ids
-            slots += [
-                pages[p // page_size] * page_size + p % page_size for p in range(seq.start, stop)
-            ]
-        query_lens = [seq.num_tokens for seq in seqs]
-        kv_lens = [seq.start + seq.num_tokens for seq in seqs]
-        page_counts = [-(-length // page_size) for length in kv_lens]
-        width = max(page_counts)
-        table = [
-            seq.request.page_ids[:count] + [0] * (width - count)
-            for seq, count in zip(seqs, page_counts, strict=True)
-        ]
-        device = self.backend.config.device
-        starts = [0]
-        for length in query_lens:
-            starts.append(starts[-1] + length)
-        return Batch(
-            token_ids=torch.tensor(tokens, dtype=torch.int64, device=device),
-            positions=torch.tensor(positions, dtype=torch.int64, device=device),
-            slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
-            cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=device),
-            seq_lens=torch.tensor(kv_lens, dtype=torch.int32, device=device),
-            block_table=torch.tensor(table, dtype=torch.int32, device=device),
-            query_lens=query_lens,
-            kv_lens=kv_lens,
-            num_decodes=sum(seq.is_decode for seq in seqs),
-        )
+        return pack(seqs, self.backend.config.page_size, self.device)
 
     def forward(self, batch: Batch, owners: RowOwners) -> Tensor:
         """Hidden states ``[T, hidden]`` after the final norm; K and V land in the cache."""
+        self._observe(owners)
         with self._blaming("plan"):
             plan = self.backend.plan(batch)
+        return self.compute(batch, plan)
+
+    def compute(self, batch: Batch, plan: Any) -> Tensor:
+        """``forward`` under the backend's plan of the batch."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             out = torch.empty_like(q)
@@ -133,7 +109,6 @@ class Runner:
                 self.backend.run(q, k, v, self.layers[layer], plan, out)
             return out
 
-        self._observe(owners)
         return self.decoder.forward(batch.token_ids, batch.positions, attend)
 
     def _finish(
@@ -150,7 +125,8 @@ class Runner:
                 sampling_rows.append(row - 1)
         if sampling_rows:
             self._observe([owners[r] for r in sampling_rows] if owners else [])
-            logits = self.decoder.logits(hidden[sampling_rows])
+            chosen = to_device(sampling_rows, torch.int64, self.device)
+            logits = self.decoder.logits(hidden[chosen])
             sampling = [(seq, res) for seq, res in zip(seqs, results, strict=True) if seq.samples]
             sampled = sample(logits, [self._sampling_row(seq) for seq, _ in sampling], self.kernels)
             for (_, result), token in zip(sampling, sampled, strict=True):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..backends.base import AttentionBackend, AttentionConfig
 from ..backends.capabilities import Requirements
@@ -18,17 +19,24 @@ from ..errors import ConfigError
 from ..models.config import ModelConfig
 from ..models.loader import load_weights
 from ..models.registry import load_model_config, load_tokenizer
-from ..models.weights import random_weights, weights_digest
+from ..models.weights import random_weights, random_weights_digest, weights_digest
 from ..plugins.manager import PluginHost
-from .config import EngineConfig, parse_memory
+from .config import EngineConfig
+from .devices import compute_capability, current_device, resolve_device
 from .engine import Engine
 from .kernel_choice import choose_kernels
-from .report import StartupReport, fingerprint_of, fingerprint_parts, promise, report_rows
+from .memory import explained_shortage, measure, num_pages
+from .report import (
+    StartupReport,
+    device_rows,
+    fingerprint_of,
+    fingerprint_parts,
+    promise,
+    report_rows,
+)
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerConfig
 
-_DEFAULT_KV_BYTES = 4 * 2**30
-_DEFAULT_KV_SHARE = 0.3
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -38,33 +46,49 @@ def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, Startu
     :raises ConfigError: the request cannot be held; the message has every reason.
     :raises SelfCheckError: no kernels keep their contract on this machine.
     """
+    device = resolve_device(config.device)
+    with current_device(device), explained_shortage():
+        return _start(config, host, device)
+
+
+def _start(
+    config: EngineConfig, host: PluginHost, device: torch.device
+) -> tuple[Engine, StartupReport]:
     began = time.perf_counter()
     folder, model = load_model_config(config.model, random=config.load_format == "random")
-    selection, dtype = _select(config, model, host)
+    selection, dtype = _select(config, model, host, device)
     max_model_len = _max_model_len(config, model)
     tokenizer = load_tokenizer(folder) if folder else None
-    weights = (
-        random_weights(model, config.load_seed, dtype)
-        if folder is None or config.load_format == "random"
-        else load_weights(folder, model, dtype)
+    weights, digest = _weights(config, folder, model, dtype, device)
+    choice = choose_kernels(config, model, weights, dtype, max_model_len, device)
+    del weights  # what the decoder does not use is free again
+    backend = _backend(config, selection, model, dtype, max_model_len, choice.kernels.name, device)
+    memory = (
+        measure(
+            choice.decoder,
+            choice.kernels,
+            config.max_num_batched_tokens,
+            config.max_num_seqs,
+            device,
+        )
+        if device.type == "cuda"
+        else None
     )
-    digest = weights_digest(weights)
-    choice = choose_kernels(config, model, weights, dtype, max_model_len)
-    backend = _backend(config, selection, model, dtype, max_model_len, choice.kernels.name)
-    num_pages = _num_pages(config, backend, max_model_len)
+    pages = num_pages(config, bytes_per_page(backend), max_model_len, memory)
     runner = Runner(
         choice.decoder,
         backend,
-        allocate_layers(backend, num_pages),
+        allocate_layers(backend, pages),
         choice.kernels,
         config.sampling_seed,
         model.eos_token_ids,
         selection.spec.name,
     )
-    scheduler = _scheduler(config, selection, num_pages, max_model_len)
-    parts = fingerprint_parts(config, model, digest, dtype, selection, choice)
+    scheduler = _scheduler(config, selection, pages, max_model_len)
+    parts = fingerprint_parts(config, model, digest, dtype, selection, choice, device)
     fingerprint = fingerprint_of(parts)
-    rows = report_rows(config, model, dtype, selection, choice, num_pages, max_model_len, host)
+    rows = report_rows(config, model, dtype, selection, choice, pages, max_model_len, host)
+    rows[1:1] = device_rows(config, device, memory, pages * bytes_per_page(backend))
     report = StartupReport(
         (*rows, ("fingerprint", fingerprint, promise(config))),
         fingerprint,
@@ -74,7 +98,33 @@ def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, Startu
     return Engine(runner, scheduler, tokenizer, fingerprint), report
 
 
-def requirements(config: EngineConfig, model: ModelConfig, dtype: str) -> Requirements:
+def _weights(
+    config: EngineConfig,
+    folder: Path | None,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[dict[str, Tensor], str]:
+    """The weights on the device, and their digest.
+
+    Those of a checkpoint are digested before they are copied. Random ones on CUDA are drawn there,
+    and their digest is of what determines them.
+    """
+    if folder is None or config.load_format == "random":
+        weights = random_weights(model, config.load_seed, dtype, device)
+        if device.type == "cuda":
+            return weights, random_weights_digest(model, config.load_seed, dtype, device)
+        return weights, weights_digest(weights)
+    weights = load_weights(folder, model, dtype)
+    digest = weights_digest(weights)
+    for name in weights:
+        weights[name] = weights[name].to(device)
+    return weights, digest
+
+
+def requirements(
+    config: EngineConfig, model: ModelConfig, dtype: str, device: torch.device
+) -> Requirements:
     """What this configuration asks of an attention backend."""
     toggles: dict[str, bool | None] = {
         name: None if value == "auto" else bool(value)
@@ -88,8 +138,8 @@ def requirements(config: EngineConfig, model: ModelConfig, dtype: str) -> Requir
         dtype=dtype,
         head_dim=model.head_dim,
         page_size=config.page_size,
-        device=config.device,
-        compute_capability=None,
+        device=device.type,
+        compute_capability=compute_capability(device),
         deterministic=config.deterministic,
         features=toggles
         | {
@@ -101,12 +151,12 @@ def requirements(config: EngineConfig, model: ModelConfig, dtype: str) -> Requir
 
 
 def _select(
-    config: EngineConfig, model: ModelConfig, host: PluginHost
+    config: EngineConfig, model: ModelConfig, host: PluginHost, device: torch.device
 ) -> tuple[Selection, torch.dtype]:
     """The backend, and the dtype: with ``auto``, float32 where the checkpoint's is not offered."""
 
     def select(dtype: str) -> Selection:
-        asked = requirements(config, model, dtype)
+        asked = requirements(config, model, dtype, device)
         return select_backend(config.attention_backend, asked, host, probe=load_factory)
 
     if config.dtype != "auto":
@@ -139,6 +189,7 @@ def _backend(
     dtype: torch.dtype,
     max_model_len: int,
     kernels: str,
+    device: torch.device,
 ) -> AttentionBackend:
     factory = load_factory(selection.spec)
     attention = AttentionConfig(
@@ -149,7 +200,7 @@ def _backend(
         scale=model.head_dim**-0.5,
         page_size=config.page_size,
         dtype=dtype,
-        device=torch.device(config.device),
+        device=device,
         max_model_len=max_model_len,
         sliding_windows=(model.sliding_window,) * model.num_layers if model.sliding_window else (),
         logit_soft_cap=model.logit_soft_cap,
@@ -158,7 +209,7 @@ def _backend(
     )
     try:
         return factory(attention)
-    except ConfigError:
+    except (ConfigError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise ConfigError(
@@ -166,37 +217,6 @@ def _backend(
             f"{selection.version} raised {type(error).__name__} when it was made: {error}. Report "
             "it to its author, or pass another attention_backend."
         ) from error
-
-
-def _num_pages(config: EngineConfig, backend: AttentionBackend, max_model_len: int) -> int:
-    page = bytes_per_page(backend)
-    if config.kv_cache_memory is not None:
-        memory = parse_memory(config.kv_cache_memory)
-        total = _memory("SC_PHYS_PAGES")
-        if total is not None and memory > total:
-            raise ConfigError(
-                f"a KV cache of {memory} bytes was asked for, but the machine has {total} bytes of "
-                "memory. Lower kv_cache_memory."
-            )
-    else:
-        useful = config.max_num_seqs * -(-max_model_len // config.page_size) * page
-        available = _memory("SC_AVPHYS_PAGES")
-        free = _DEFAULT_KV_BYTES if available is None else int(_DEFAULT_KV_SHARE * available)
-        memory = min(useful, _DEFAULT_KV_BYTES, free)
-    if memory < page:
-        raise ConfigError(
-            f"kv_cache_memory of {memory} bytes holds no page: one page of {config.page_size} "
-            f"tokens takes {page} bytes. Pass at least that, or a smaller page_size."
-        )
-    return memory // page
-
-
-def _memory(pages: str) -> int | None:
-    """Bytes of memory that the system counts under ``pages``; None where it does not say."""
-    try:
-        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _scheduler(

@@ -12,6 +12,7 @@ from .config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
+_CPU = torch.device("cpu")
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -49,22 +50,40 @@ def _layer_tensors(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def random_weights(
-    config: ModelConfig, seed: int, dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    seed: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = _CPU,
 ) -> dict[str, Tensor]:
     """Seeded stand-in weights: matrices N(0, 0.02²), norms N(1, 0.05²).
 
     Each tensor has a generator of its own, seeded from ``seed`` and its name, and is drawn in fp32
-    and then cast: a tensor's values depend neither on the other tensors nor on ``dtype``. The
-    global generators are not touched.
+    and then cast: a tensor's values depend neither on the other tensors nor on ``dtype``. They are
+    drawn on ``device``, whose generator decides the values. The global generators are not touched.
     """
     weights = {}
     for name, shape in expected_tensors(config).items():
         key = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
-        noise = torch.randn(shape, generator=generator)
+        generator = torch.Generator(device).manual_seed(int.from_bytes(key, "little") >> 1)
+        noise = torch.randn(shape, generator=generator, device=device)
         values = noise.mul_(0.02) if len(shape) == 2 else noise.mul_(0.05).add_(1.0)
         weights[name] = values.to(dtype)
     return weights
+
+
+def random_weights_digest(
+    config: ModelConfig, seed: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """A short digest of what determines ``random_weights`` on a CUDA device, which is not read.
+
+    It names the device too: torch's Philox there hands its numbers out by the launch grid, and
+    that follows the number of multiprocessors.
+    """
+    parts = (
+        *(repr(config), str(seed), str(dtype), device.type),
+        *(torch.cuda.get_device_name(device), "Philox", torch.__version__),
+    )
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
 _BLOCK = 1 << 16

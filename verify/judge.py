@@ -178,17 +178,24 @@ def _judge_rng(proofs: Proofs, began: float) -> Verdict:
 
 
 def rng_states() -> tuple[object, ...]:
-    """The states of Python's, NumPy's and torch's global generators, comparable by ``==``."""
+    """The states of Python's, NumPy's and torch's global generators, comparable by ``==``.
+
+    torch's are that of the CPU and, once CUDA is in use, that of the current device.
+    """
     name, keys, *rest = np.random.get_state(legacy=True)
-    torch_state = bytes(torch.get_rng_state().tolist())
-    return (random.getstate(), (name, tuple(keys.tolist()), *rest), torch_state)  # type: ignore[union-attr]
+    torch_states = [bytes(torch.get_rng_state().tolist())]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch_states.append(bytes(torch.cuda.get_rng_state().tolist()))
+    return (random.getstate(), (name, tuple(keys.tolist()), *rest), *torch_states)  # type: ignore[union-attr]
 
 
 def _restore(states: tuple[object, ...]) -> None:
-    python, numpy_state, torch_state = states
+    python, numpy_state, *torch_states = states
     random.setstate(python)  # type: ignore[arg-type]
     np.random.set_state(numpy_state)  # type: ignore[arg-type]
-    torch.set_rng_state(torch.tensor(list(torch_state), dtype=torch.uint8))  # type: ignore[call-overload]
+    setters = (torch.set_rng_state, torch.cuda.set_rng_state)
+    for setter, state in zip(setters, torch_states, strict=False):
+        setter(torch.tensor(list(state), dtype=torch.uint8))  # type: ignore[call-overload]
 
 
 def _skipped(name: str, why: str) -> Verdict:

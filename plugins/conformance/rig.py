@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ...backends.base import AttentionBackend, AttentionConfig, Batch, LayerCache
+from ...backends.recording import Recorded, record, warm_up
 from .audit import Audit
 from .generators import untouched_generators
-from .graphs import Recorded, record
 from .scenario import Geometry, Piece, Run, Sequence, Step
 from .values import Rows, all_rows
 
@@ -178,14 +178,7 @@ class _Graph:
             for _ in rig._values
         ]
         self._out = rig._fresh_out(num_seqs)[:num_seqs]
-        if rig._device.type == "cuda":
-            side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._work()
-            torch.cuda.current_stream().wait_stream(side)
-        else:
-            self._work()
+        warm_up(self._work, rig._device)
         self._recorded: Recorded = record(self._work, rig._device)
 
     def _work(self) -> None:

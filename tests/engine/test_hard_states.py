@@ -241,12 +241,10 @@ def test_a_plugin_that_cannot_serve_is_named(
 
 def test_a_cache_too_small_for_one_request(small_folder: Path, small: LLM) -> None:
     page = 16 * 2 * 2 * 16 * 4
-    with LLM(str(small_folder), max_model_len=256, kv_cache_memory=2 * page) as llm:
-        with pytest.raises(
-            RequestError, match=r"take 3 KV pages of 16 tokens; the cache has 2\. L"
-        ):
-            llm.generate([[3] * 30], MIXED)
-        assert not llm.engine.has_unfinished()
+    too_small = r"holds 2 pages .* = 33 tokens takes 3 .* kv_cache_memory, or .* at most 32\."
+    with pytest.raises(ConfigError, match=too_small):
+        LLM(str(small_folder), max_model_len=33, kv_cache_memory=2 * page)
+    with LLM(str(small_folder), max_model_len=32, kv_cache_memory=2 * page) as llm:
         assert alone(llm, [3] * 20, MIXED) == alone(small, [3] * 20, MIXED)
 
 
@@ -259,7 +257,11 @@ def test_everything_is_preempted_again_and_again(
     prompts = [[3, 4, 5, index] for index in range(16)]
     page = 2 * 2 * 2 * 16 * 4
     with LLM(
-        str(small_folder), page_size=2, kv_cache_memory=32 * page, radix_cache=radix_cache
+        str(small_folder),
+        max_model_len=64,
+        page_size=2,
+        kv_cache_memory=32 * page,
+        radix_cache=radix_cache,
     ) as llm:
         for index, prompt in enumerate(prompts):
             llm.engine.add_request(str(index), prompt, params)

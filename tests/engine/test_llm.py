@@ -176,7 +176,7 @@ def test_options_are_checked() -> None:
         ({"page_size": 0}, "page_size was 0"),
         ({"dtype": "int8"}, "dtype was 'int8'"),
         ({"kv_cache_memory": "lots"}, "kv_cache_memory was 'lots'"),
-        ({"kv_cache_memory": 5}, "holds no page"),
+        ({"kv_cache_memory": 5}, "holds 0 pages"),
         ({"max_model_len": 10**6}, "positions end at"),
         ({"kernels": "library"}, "deterministic=False"),
         ({"sampling_seed": 2**63}, "sampling_seed"),

@@ -10,10 +10,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from isobit.backends.capabilities import BackendSpec, Capabilities, Supported
+from isobit.backends.recording import record
 from isobit.errors import BackendError, ConfigError
 from isobit.plugins.conformance.check import Check, Context, Finding
 from isobit.plugins.conformance.corners import Corners
-from isobit.plugins.conformance.graphs import record
 from isobit.plugins.conformance.judge import Judge
 from isobit.plugins.conformance.mutants.right import RightAttention
 from isobit.plugins.conformance.proof import make_proof

@@ -1,8 +1,8 @@
-"""Recording a backend's ``run`` and replaying it: a CUDA graph, and on the CPU a tape.
+"""Recording work on a device and replaying it: a CUDA graph, and on the CPU a tape.
 
 The tape keeps the rules of a CUDA graph: every call goes again to the same tensors, whatever the
-host computed is frozen as it was, and nothing may wait for a value or size a tensor by one. So a
-backend written in torch can be judged for ``cuda_graph`` on a machine without a GPU.
+host computed is frozen as it was, and nothing may wait for a value or size a tensor by one. So what
+is written in torch can be judged for ``cuda_graph`` on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ...errors import BackendError
+from ..errors import BackendError
 
 _WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"}
 _SIZED_BY_VALUES = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
@@ -28,42 +28,67 @@ class Recorded(Protocol):
     def replay(self) -> None: ...
 
 
-def record(work: Callable[[], None], device: torch.device) -> Recorded:
+def warm_up(work: Callable[[], None], device: torch.device) -> None:
+    """Run ``work`` as a capture will find it: on a CUDA device beside the current stream."""
+    if device.type != "cuda":
+        work()
+        return
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream(device).wait_stream(side)
+
+
+def memory_pool(device: torch.device) -> Any:
+    """Memory that several recordings may share, as only one is replayed at a time."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> Recorded:
     """Record ``work``, which has run before on the same tensors.
 
+    :param pool: from ``memory_pool``; None takes memory for this recording alone.
     :raises BackendError: it waits for the device, or sizes a tensor by values.
+    :raises torch.OutOfMemoryError: the device's memory ran out.
     """
     if device.type == "cuda":
-        return _capture(work)
+        return _capture(work, pool)
     tape = _Tape()
     with tape:
         work()
     return tape
 
 
-def _capture(work: Callable[[], None]) -> Recorded:
+def _capture(work: Callable[[], None], pool: Any) -> Recorded:
     # An older graph that is collected during the capture would end it: collect it now.
     gc.collect()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     state = torch.cuda.get_rng_state()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             work()
     except Exception as error:
         # A capture that fails leaves torch's generator in the middle of it: give it a new state.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         torch.cuda.set_rng_state(state)
-        raise BackendError(f"run() cannot be captured: {_first_cause(error)}") from error
+        cause = _first_cause(error)
+        if isinstance(cause, torch.OutOfMemoryError):
+            raise cause from None
+        first_line = str(cause).partition("\n")[0]
+        raise BackendError(
+            f"the work cannot be captured: {type(cause).__name__}: {first_line}"
+        ) from error
     return graph
 
 
-def _first_cause(error: BaseException) -> str:
+def _first_cause(error: BaseException) -> BaseException:
     """What went wrong first: the end of a broken capture raises once more."""
     while error.__context__ is not None:
         error = error.__context__
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return error
 
 
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
