@@ -20,7 +20,7 @@ from isobit.kernels.kernel_set import Draw, KernelSet
 from isobit.kernels.philox import gumbel_torch, philox_4x32_10
 from isobit.kernels.triton.choose import choose
 from isobit.kernels.triton.filters import cut
-from isobit.kernels.triton.philox import gumbel, noise_words
+from isobit.kernels.triton.philox import ROUGH, gumbel, gumbel_of, noise_words, rough_gumbel_of
 from isobit.kernels.triton.trials import same_bits
 from isobit.kernels.triton.vocab import block_maxima
 from isobit.sampling.filters import kept_ids
@@ -100,6 +100,26 @@ def test_the_generators_words_are_philox(key: tuple[int, int, int]) -> None:
     assert torch.equal(words, torch.stack(expected))
 
 
+@triton.jit
+def _store_noise(word_ptr, exact_ptr, rough_ptr, COUNT: tl.constexpr):
+    i = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    word = tl.load(word_ptr + i).to(tl.uint32)
+    tl.store(exact_ptr + i, gumbel_of(word))
+    tl.store(rough_ptr + i, rough_gumbel_of(word))
+
+
+def test_rough_noise_stays_within_its_bound() -> None:
+    """Around every power of two from both ends, and over the whole range."""
+    near = [2**e + d for e in range(33) for d in range(-40, 41)]
+    ends = {w for w in near if 0 <= w <= MASK}
+    spread = range(0, MASK, MASK // 150_000)
+    words = torch.tensor(sorted({*ends, *(MASK - w for w in ends), *spread}))
+    words = torch.nn.functional.pad(words, (0, -len(words) % 1024)).to(DEVICE)
+    exact, rough = torch.empty(2, len(words), device=DEVICE)
+    _store_noise[(len(words) // 1024,)](words, exact, rough, COUNT=1024)
+    assert (rough - exact).abs().max() < 0.85 * ROUGH.value
+
+
 @pytest.mark.parametrize("vocab", [1, 6, 1027])
 def test_noise_has_the_bits_of_torch(vocab: int) -> None:
     seeds, choices, positions = torch.tensor(KEYS, device=DEVICE).unbind(1)
@@ -167,6 +187,26 @@ def test_the_draw_is_its_formula() -> None:
     expected = expected.masked_fill(~kept, -torch.inf)
     assert torch.equal(token_ids, expected.argmax(1))
     assert same_bits(scores, expected.amax(1))
+
+
+def test_the_draw_is_its_formula_for_many_seeds_and_shapes_of_logits() -> None:
+    """Peaked and flat rows, temperatures at both limits, one token, and the last ids only."""
+    seeds = torch.arange(60, device=DEVICE)
+    for temperature in (1e-5, 0.02, 1.0, 30.0, 1e5):
+        for vocab in (1, 2, 2100):
+            logits = logits_of(60, vocab)
+            logits[:20] = (logits[:20] * 0.01).nan_to_num(neginf=0.0)
+            logits[:, 0] = logits[:, 0].nan_to_num(neginf=0.0)
+            logits[40:50, : vocab - 1] = -torch.inf
+            logits[40:50, vocab - 1] = -1e30
+            params = SamplingParams(temperature=temperature)
+            draw = replace(draw_of(rows_of([params] * 60), vocab), seeds=seeds)
+            noise = gumbel_torch(draw.seeds, draw.choices, draw.positions, vocab)
+            shifted = logits - logits.amax(1, keepdim=True)
+            expected = shifted / draw.temperatures[:, None] + noise
+            token_ids, scores = choose(logits, draw)
+            assert torch.equal(token_ids, expected.argmax(1))
+            assert same_bits(scores, expected.amax(1))
 
 
 def test_equal_scores_go_to_the_lowest_id() -> None:
