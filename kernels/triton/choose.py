@@ -4,9 +4,9 @@ Contract: a token scores ``(x - max) / T + noise`` in fp32, every step rounded, 
 ``kernels/philox.py``; at temperature 0 it scores ``x``. The highest score wins, the lowest id among
 equals. Maxima are exact, so the blocks' order does not matter, and a row sees nothing of others.
 
-The noise takes logarithms in fp64, of which a GPU has few. So each token's score is first put
-between two bounds in fp32, and only those that could still win are computed. Rounding never turns
-an order round, so the winner and its score are those of the contract.
+The noise takes logarithms in fp64, for which a GPU has few units. So each token's score is first
+estimated in fp32, within a known bound, and only those that could still win are computed as the
+contract says. The bound has room for the roundings of scores above -30, and lower ones never win.
 """
 
 from __future__ import annotations
@@ -44,19 +44,18 @@ def _words(seed, choice, position, block, BLOCK: tl.constexpr):
 @triton.jit
 def _drawn(x, ids, kept, word, high, temperature):
     """The best score of a block and its token; (-inf, no id) where none of it can win the row."""
-    cooled = tl.div_rn(x - high, temperature)
-    noise = rough_gumbel_of(word)
-    kept = kept & (x > float("-inf"))
-    most = tl.where(kept, cooled + (noise + ROUGH), float("-inf"))
-    least = tl.where(kept, cooled + (noise - ROUGH), float("-inf"))
-    possible = most >= tl.maximum(tl.max(least), _SURE)
+    inside = kept & (x > float("-inf"))
+    rough = (x - high) * (1.0 / temperature) + rough_gumbel_of(word)
+    rough = tl.where(inside, rough, float("-inf"))
+    possible = rough >= tl.maximum(tl.max(rough) - 2 * ROUGH, _SURE - ROUGH)
     best = tl.full((), float("-inf"), tl.float32)
     best_id = tl.full((), _NO_ID, tl.int32)
     token = tl.min(tl.where(possible, ids, _NO_ID))
-    while token < _NO_ID:  # almost always one token, or none
+    while token < _NO_ID:  # mostly one token, or none
         here = ids == token
         own = tl.sum(tl.where(here, word, 0).to(tl.int64)).to(tl.uint32)
-        score = tl.max(tl.where(here, cooled, float("-inf"))) + gumbel_of(own)
+        logit = tl.max(tl.where(here, x, float("-inf")))
+        score = tl.div_rn(logit - high, temperature) + gumbel_of(own)
         best_id = tl.where(score > best, token, best_id)
         best = tl.maximum(score, best)
         token = tl.min(tl.where(possible & (ids > token), ids, _NO_ID))

@@ -75,18 +75,19 @@ def _tally(
 ):
     """A later digit's tallies, of the tokens whose digits so far are those found."""
     at = tl.program_id(0).to(tl.int64)
-    row = tl.load(which_ptr + at)
-    ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(logits_ptr + row * VOCAB + ids, mask=ids < VOCAB, other=float("-inf"))
-    key = keys_of(x) >> BELOW
-    found = (x > float("-inf")) & ((key >> NEXT_BITS) == tl.load(state_ptr + at * 4))
-    if tl.sum(found.to(tl.int32)) > 0:
-        high = highest_of(maxima_ptr, row, WIDTH)
-        weight = weights_of(x, high, tl.load(temperatures_ptr + row))
-        digit = key & (NEXT - 1)
-        counts_ptr += at * NEXT
-        masses_ptr += at * NEXT
-        tally(counts_ptr, masses_ptr, digit, weight, found, True, True)
+    digits = tl.load(state_ptr + at * 4)
+    if digits >= 0:
+        row = tl.load(which_ptr + at)
+        ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(logits_ptr + row * VOCAB + ids, mask=ids < VOCAB, other=float("-inf"))
+        key = keys_of(x) >> BELOW
+        found = (x > float("-inf")) & ((key >> NEXT_BITS) == digits)
+        if tl.sum(found.to(tl.int32)) > 0:
+            high = highest_of(maxima_ptr, row, WIDTH)
+            weight = weights_of(x, high, tl.load(temperatures_ptr + row))
+            counts_ptr += at * NEXT
+            masses_ptr += at * NEXT
+            tally(counts_ptr, masses_ptr, key & (NEXT - 1), weight, found, True, True)
 
 
 @triton.jit

@@ -16,11 +16,12 @@ import triton.language as tl
 
 from isobit.errors import EngineError
 from isobit.kernels.dispatch import load_kernels
+from isobit.kernels.elementary import exp_f32
 from isobit.kernels.kernel_set import Draw, KernelSet
 from isobit.kernels.philox import gumbel_torch, philox_4x32_10
 from isobit.kernels.triton.choose import choose
 from isobit.kernels.triton.filters import cut
-from isobit.kernels.triton.philox import gumbel, noise_words
+from isobit.kernels.triton.philox import ROUGH, gumbel, gumbel_of, noise_words, rough_gumbel_of
 from isobit.kernels.triton.trials import same_bits
 from isobit.kernels.triton.vocab import block_maxima
 from isobit.sampling.filters import kept_ids
@@ -100,6 +101,26 @@ def test_the_generators_words_are_philox(key: tuple[int, int, int]) -> None:
     assert torch.equal(words, torch.stack(expected))
 
 
+@triton.jit
+def _store_noise(word_ptr, exact_ptr, rough_ptr, COUNT: tl.constexpr):
+    i = tl.program_id(0) * COUNT + tl.arange(0, COUNT)
+    word = tl.load(word_ptr + i).to(tl.uint32)
+    tl.store(exact_ptr + i, gumbel_of(word))
+    tl.store(rough_ptr + i, rough_gumbel_of(word))
+
+
+def test_rough_noise_stays_within_its_bound() -> None:
+    """Around every power of two from both ends, and over the whole range."""
+    near = [2**e + d for e in range(33) for d in range(-40, 41)]
+    ends = {w for w in near if 0 <= w <= MASK}
+    spread = range(0, MASK, MASK // 150_000)
+    words = torch.tensor(sorted({*ends, *(MASK - w for w in ends), *spread}))
+    words = torch.nn.functional.pad(words, (0, -len(words) % 1024)).to(DEVICE)
+    exact, rough = torch.empty(2, len(words), device=DEVICE)
+    _store_noise[(len(words) // 1024,)](words, exact, rough, COUNT=1024)
+    assert (rough - exact).abs().max() < 0.85 * ROUGH.value
+
+
 @pytest.mark.parametrize("vocab", [1, 6, 1027])
 def test_noise_has_the_bits_of_torch(vocab: int) -> None:
     seeds, choices, positions = torch.tensor(KEYS, device=DEVICE).unbind(1)
@@ -141,6 +162,37 @@ def test_filters_keep_what_the_sorted_ones_keep() -> None:
         assert torch.equal(kept.nonzero().flatten(), expected), row.params
 
 
+def kept_by_contract(logits: Tensor, params: SamplingParams) -> list[int]:
+    """One row's kept ids, of finite logits, with Python's integers."""
+    weights = exp_f32((logits - logits.max()) / torch.tensor(params.temperature, device=DEVICE))
+    masses = [int(w * 2.0**40) for w in weights.tolist()]
+    order = sorted(range(len(masses)), key=lambda i: (-logits[i].item(), i))
+    likely = int((weights >= params.min_p).sum())
+    order = order[: max(1, min(likely, params.top_k if params.top_k > 0 else likely))]
+    if params.top_p == 1.0:
+        return sorted(order)
+    needed = max(1, int(float(sum(masses[i] for i in order)) * params.top_p))
+    kept, mass = 0, 0
+    while mass < needed:
+        mass += masses[order[kept]]
+        kept += 1
+    return sorted(order[:kept])
+
+
+@pytest.mark.parametrize("vocab", [1, 2048, 4100])
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+def test_the_cut_is_that_of_the_contract(scale: float, vocab: int) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    rows = rows_of(
+        [SamplingParams(**(p | {"top_k": min(p.get("top_k", 0), vocab)})) for p in FILTERS]
+    )
+    logits = torch.randn(len(rows), vocab, generator=generator).to(DEVICE) * scale
+    logits[:, vocab // 2 :: 3] = logits[:, :1].clone()  # ties in every block
+    mask = kept_by_cut(logits, draw_of(rows, vocab))
+    for row, own, kept in zip(rows, logits, mask, strict=True):
+        assert kept.nonzero().flatten().tolist() == kept_by_contract(own, row.params), row.params
+
+
 @pytest.mark.parametrize(("top_k", "kept"), [(1, 1), (3, 3), (7, 7)])
 def test_equal_logits_are_kept_by_lowest_id(top_k: int, kept: int) -> None:
     logits = torch.zeros(1, 9, device=DEVICE)
@@ -167,6 +219,26 @@ def test_the_draw_is_its_formula() -> None:
     expected = expected.masked_fill(~kept, -torch.inf)
     assert torch.equal(token_ids, expected.argmax(1))
     assert same_bits(scores, expected.amax(1))
+
+
+def test_the_draw_is_its_formula_for_many_seeds_and_shapes_of_logits() -> None:
+    """Peaked and flat rows, temperatures at both limits, one token, and the last ids only."""
+    seeds = torch.arange(24, device=DEVICE)
+    for temperature in (1e-5, 0.02, 1.0, 30.0, 1e5):
+        for vocab in (1, 2, 2100):
+            logits = logits_of(24, vocab)
+            logits[:8] = (logits[:8] * 0.01).nan_to_num(neginf=0.0)
+            logits[:, 0] = logits[:, 0].nan_to_num(neginf=0.0)
+            logits[16:20, : vocab - 1] = -torch.inf
+            logits[16:20, vocab - 1] = -1e30
+            params = SamplingParams(temperature=temperature)
+            draw = replace(draw_of(rows_of([params] * 24), vocab), seeds=seeds)
+            noise = gumbel_torch(draw.seeds, draw.choices, draw.positions, vocab)
+            shifted = logits - logits.amax(1, keepdim=True)
+            expected = shifted / draw.temperatures[:, None] + noise
+            token_ids, scores = choose(logits, draw)
+            assert torch.equal(token_ids, expected.argmax(1))
+            assert same_bits(scores, expected.amax(1))
 
 
 def test_equal_scores_go_to_the_lowest_id() -> None:
