@@ -25,8 +25,8 @@ from .config import EngineConfig
 from .devices import compute_capability, current_device, resolve_device
 from .engine import Engine
 from .graphs import DecodeGraphs, graph_sizes
-from .kernel_choice import choose_kernels
-from .memory import explained_shortage, measure, num_pages
+from .kernel_choice import KernelChoice, choose_kernels
+from .memory import DeviceMemory, explained_shortage, measure, num_pages
 from .report import (
     StartupReport,
     device_rows,
@@ -65,17 +65,7 @@ def _start(
     choice = choose_kernels(config, model, weights, dtype, max_model_len, device)
     del weights  # what the decoder does not use is free again
     backend = _backend(config, selection, model, dtype, max_model_len, choice.kernels.name, device)
-    memory = (
-        measure(
-            choice.decoder,
-            choice.kernels,
-            config.max_num_batched_tokens,
-            config.max_num_seqs,
-            device,
-        )
-        if device.type == "cuda"
-        else None
-    )
+    memory = _measured(config, choice, device)
     pages = num_pages(config, bytes_per_page(backend), max_model_len, memory)
     runner = Runner(
         choice.decoder,
@@ -126,6 +116,16 @@ def _weights(
     for name in weights:
         weights[name] = weights[name].to(device)
     return weights, digest
+
+
+def _measured(
+    config: EngineConfig, choice: KernelChoice, device: torch.device
+) -> DeviceMemory | None:
+    """A GPU's memory, with the weights on it; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
+    return measure(choice.decoder, choice.kernels, tokens, seqs, device)
 
 
 def requirements(

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ....verify.workload import Case
 
 _CELLS = ("deterministic", "chunked_prefill", "radix_cache", "non_greedy_sampling")
-_KV_BYTES = 2**28
+_KV_BYTES = 2**28  # enough, and room on a GPU for what else is there
+
 _EVIDENCE = {
     "batch": ("deterministic", "non_greedy_sampling"),
     "order": ("deterministic", "non_greedy_sampling"),
