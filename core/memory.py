@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,6 +102,7 @@ def measure(
 
     It runs twice: the first time kernels are compiled and chosen, which takes memory of its own.
     """
+    gc.collect()  # an engine that was closed may still wait for it
     torch.cuda.empty_cache()
     weights = torch.cuda.memory_allocated(device)
     _largest_step(decoder, kernels, num_tokens, num_seqs)

@@ -14,6 +14,7 @@ from ..models.config import ModelConfig
 from ..plugins.manager import PluginHost
 from .config import EngineConfig
 from .devices import describe_device
+from .graphs import DecodeGraphs
 from .kernel_choice import KernelChoice
 from .memory import DeviceMemory
 
@@ -117,10 +118,17 @@ def device_rows(
     rows = [("device", device.type, f"{why}: {describe_device(device)}")]
     if memory is not None:
         step = _gib(memory.peak - memory.weights)
-        left = _gib(memory.free + memory.reserved - memory.peak - kv_bytes)
+        left = _gib(torch.cuda.mem_get_info(device)[0])
         about = f"{_gib(memory.weights)} weights, {step} a step, {_gib(kv_bytes)} KV, {left} free"
         rows.append(("memory", f"{_gib(memory.total)} GiB", f"{about} (GiB)"))
     return rows
+
+
+def graphs_row(graphs: DecodeGraphs) -> tuple[str, str, str]:
+    """How many decode steps were captured, and what that took."""
+    count, most = len(graphs.sizes), graphs.sizes[-1]
+    took = f"{graphs.seconds:.1f} s, {_gib(graphs.memory)} GiB"
+    return ("CUDA graphs", f"{count} captured", f"decode steps of up to {most} requests; {took}")
 
 
 def _gib(count: int) -> str:

@@ -1,7 +1,7 @@
 """Runs one scheduled step: tensors in, sampled tokens and logprobs out.
 
-The split in ``prepare`` (host), ``forward`` (device) and ``sample`` is the one a captured graph
-and a host that schedules ahead need.
+The split in ``prepare`` (host), ``forward`` (device) and ``sample`` is the one that captured graphs
+take, and that a host that schedules ahead needs.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ..kernels.kernel_set import KernelSet
 from ..models.decoder import Decoder
 from ..sampling.sampler import SampledRow, SamplingRow, sample, score_prompt
 from .devices import current_device
+from .graphs import DecodeGraphs
 from .packing import pack, to_device
 from .request import Request
 from .scheduler import ScheduledSeq, Step
@@ -50,6 +51,8 @@ class Runner:
 
     ``backend_name`` is what errors call the backend.
 
+    ``graphs`` are the captured decode steps, where there are any.
+
     ``observer`` is None except while ``verify`` looks for the first op where two runs part.
     """
 
@@ -72,6 +75,7 @@ class Runner:
         self.eos_token_ids = eos_token_ids
         self.backend_name = backend_name
         self.observer: Observer | None = None
+        self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def execute(self, step: Step) -> list[SeqResult]:
@@ -90,12 +94,21 @@ class Runner:
             return self._finish(step.seqs, hidden, owners)
 
     def prepare(self, seqs: Sequence[ScheduledSeq]) -> Batch:
-        """The packed index tensors of a step."""
-        return pack(seqs, self.backend.config.page_size, self.device)
+        """The packed index tensors of a step, filled up to a captured size where there is one."""
+        padding = 0
+        if self.graphs is not None and not self.observer and all(seq.is_decode for seq in seqs):
+            padding = self.graphs.padding(len(seqs)) or 0
+        return pack(seqs, self.backend.config.page_size, self.device, padding)
 
     def forward(self, batch: Batch, owners: RowOwners) -> Tensor:
-        """Hidden states ``[T, hidden]`` after the final norm; K and V land in the cache."""
+        """Hidden states ``[T, hidden]`` after the final norm; K and V land in the cache.
+
+        A decode step of a captured size is replayed, unless an observer wants to see its ops.
+        """
         self._observe(owners)
+        if self.graphs is not None and not self.observer and self.graphs.holds(batch):
+            with self._blaming("replay"):
+                return self.graphs.replay(batch)
         with self._blaming("plan"):
             plan = self.backend.plan(batch)
         return self.compute(batch, plan)

@@ -15,7 +15,7 @@ from ..cache.kv import allocate_layers, bytes_per_page
 from ..cache.pages import PagePool
 from ..cache.radix import RadixCache
 from ..cache.reuse import reuse_policy
-from ..errors import ConfigError
+from ..errors import BackendError, ConfigError
 from ..models.config import ModelConfig
 from ..models.loader import load_weights
 from ..models.registry import load_model_config, load_tokenizer
@@ -24,13 +24,15 @@ from ..plugins.manager import PluginHost
 from .config import EngineConfig
 from .devices import compute_capability, current_device, resolve_device
 from .engine import Engine
-from .kernel_choice import choose_kernels
-from .memory import explained_shortage, measure, num_pages
+from .graphs import DecodeGraphs, graph_sizes
+from .kernel_choice import KernelChoice, choose_kernels
+from .memory import DeviceMemory, explained_shortage, measure, num_pages
 from .report import (
     StartupReport,
     device_rows,
     fingerprint_of,
     fingerprint_parts,
+    graphs_row,
     promise,
     report_rows,
 )
@@ -63,17 +65,7 @@ def _start(
     choice = choose_kernels(config, model, weights, dtype, max_model_len, device)
     del weights  # what the decoder does not use is free again
     backend = _backend(config, selection, model, dtype, max_model_len, choice.kernels.name, device)
-    memory = (
-        measure(
-            choice.decoder,
-            choice.kernels,
-            config.max_num_batched_tokens,
-            config.max_num_seqs,
-            device,
-        )
-        if device.type == "cuda"
-        else None
-    )
+    memory = _measured(config, choice, device)
     pages = num_pages(config, bytes_per_page(backend), max_model_len, memory)
     runner = Runner(
         choice.decoder,
@@ -84,11 +76,15 @@ def _start(
         model.eos_token_ids,
         selection.spec.name,
     )
+    if selection.features["cuda_graph"].value:
+        runner.graphs = _graphs(config, runner)
     scheduler = _scheduler(config, selection, pages, max_model_len)
     parts = fingerprint_parts(config, model, digest, dtype, selection, choice, device)
     fingerprint = fingerprint_of(parts)
     rows = report_rows(config, model, dtype, selection, choice, pages, max_model_len, host)
     rows[1:1] = device_rows(config, device, memory, pages * bytes_per_page(backend))
+    if runner.graphs is not None:
+        rows.append(graphs_row(runner.graphs))
     report = StartupReport(
         (*rows, ("fingerprint", fingerprint, promise(config))),
         fingerprint,
@@ -120,6 +116,16 @@ def _weights(
     for name in weights:
         weights[name] = weights[name].to(device)
     return weights, digest
+
+
+def _measured(
+    config: EngineConfig, choice: KernelChoice, device: torch.device
+) -> DeviceMemory | None:
+    """A GPU's memory, with the weights on it; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
+    return measure(choice.decoder, choice.kernels, tokens, seqs, device)
 
 
 def requirements(
@@ -216,6 +222,18 @@ def _backend(
             f"attention backend {selection.spec.name!r} of {selection.distribution} "
             f"{selection.version} raised {type(error).__name__} when it was made: {error}. Report "
             "it to its author, or pass another attention_backend."
+        ) from error
+
+
+def _graphs(config: EngineConfig, runner: Runner) -> DecodeGraphs:
+    sizes = graph_sizes(min(config.max_num_seqs, config.cuda_graph_max_bs))
+    hidden_size = runner.decoder.config.hidden_size
+    try:
+        return DecodeGraphs(runner.backend, runner.compute, sizes, hidden_size)
+    except BackendError as error:
+        raise ConfigError(
+            f"CUDA graphs of attention backend {runner.backend_name!r} cannot be made: {error} "
+            "Pass cuda_graph=False, or another attention_backend."
         ) from error
 
 

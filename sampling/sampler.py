@@ -15,6 +15,7 @@ global random generator is read or set.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -38,10 +39,19 @@ def sample(logits: Tensor, rows: Sequence[SamplingRow], kernels: KernelSet) -> l
     """
     if not rows:
         return []
-    _refuse_bad(logits)
+    highest = logits.amax(dim=1)  # NaN where the row holds one
+    if kernels.choose is None:
+        _refuse_bad(highest.tolist())
     logprobs = kernels.log_softmax(logits)
-    token_ids = _choose(logits, logprobs, rows, kernels)
-    return _report(logits, logprobs, token_ids, [row.params.logprobs for row in rows])
+    chosen, scores = _choose(logits, logprobs, rows, kernels)
+    # Where no token is possible the id means nothing, and must not lead out of the row.
+    own = _of_each(logprobs, chosen.clamp(max=logits.shape[1] - 1))
+    # One copy to the host: fp64 holds every id and every fp32 number as it is.
+    read = torch.stack([part.double() for part in (highest, scores, chosen, own)]).tolist()
+    _refuse_bad(read[0])
+    _refuse_impossible(read[1])
+    token_ids = [int(token_id) for token_id in read[2]]
+    return _report(logits, logprobs, token_ids, read[3], [row.params.logprobs for row in rows])
 
 
 def score_prompt(
@@ -56,23 +66,25 @@ def score_prompt(
     """
     if not targets:
         return []
-    _refuse_bad(logits)
-    return _report(logits, kernels.log_softmax(logits), targets, num_top)
+    _refuse_bad(logits.amax(dim=1).tolist())
+    logprobs = kernels.log_softmax(logits)
+    index = torch.tensor(targets, dtype=torch.int64, device=logits.device)
+    return _report(logits, logprobs, targets, _of_each(logprobs, index).tolist(), num_top)
 
 
 def _choose(
     logits: Tensor, logprobs: Tensor, rows: Sequence[SamplingRow], kernels: KernelSet
-) -> list[int]:
+) -> tuple[Tensor, Tensor]:
+    """Token ids int64 ``[R]`` and their scores fp32 ``[R]``, not finite where none is possible."""
     edited = {i for i, row in enumerate(rows) if edits_logits(row)}
     if edited:
         logits = logits.clone()
         for i in edited:
             edit_logits(logits[i], rows[i])
     if kernels.choose is not None:
-        chosen, scores = kernels.choose(logits, _draw(rows, logits))
-        _refuse_impossible(scores)
-        return chosen.tolist()
-    chosen = _argmax(logits)
+        return kernels.choose(logits, _draw(rows, logits))
+    chosen, best = _highest(logits)
+    _refuse_impossible(best.tolist())
     drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
     if drawn:
         tempered = logprobs[drawn]
@@ -85,9 +97,8 @@ def _choose(
             if has_filters(rows[i].params):
                 ids = kept_ids(logits[i], tempered[j], rows[i].params)
                 scores[j] = torch.full_like(scores[j], -torch.inf).scatter(0, ids, scores[j][ids])
-        chosen[drawn] = _argmax(scores)
-    token_ids: list[int] = chosen.tolist()
-    return token_ids
+        chosen[drawn], best[drawn] = _highest(scores)
+    return chosen, best
 
 
 def _draw(rows: Sequence[SamplingRow], logits: Tensor) -> Draw:
@@ -128,35 +139,42 @@ def _noise(rows: Sequence[SamplingRow], logits: Tensor, kernels: KernelSet) -> T
     return kernels.gumbel(seeds, choices, positions, logits.shape[1])
 
 
-def _argmax(scores: Tensor) -> Tensor:
-    """int64 ``[R]``: the highest of each row; torch documents the first of equals."""
-    token_ids = scores.argmax(dim=1)
-    _refuse_impossible(scores.gather(1, token_ids.unsqueeze(1)).squeeze(1))
-    return token_ids
+def _highest(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """The highest of each row, its index and itself; torch documents the first of equals."""
+    index = scores.argmax(dim=1)
+    return index, _of_each(scores, index)
 
 
-def _refuse_impossible(best: Tensor) -> None:
-    for i in (~best.isfinite()).nonzero().flatten().tolist():
-        raise EngineError(
-            f"Row {i} leaves no token to choose: its best score is {best[i].item()}. Either "
-            "min_tokens rules out the whole vocabulary, or the logits overflowed."
-        )
+def _of_each(rows: Tensor, index: Tensor) -> Tensor:
+    """One value of every row, by its index."""
+    return rows.gather(1, index.unsqueeze(1)).squeeze(1)
 
 
-def _refuse_bad(logits: Tensor) -> None:
-    highest = logits.amax(dim=1)  # NaN where the row holds one
-    for i in (~highest.isfinite()).nonzero().flatten().tolist():
-        raise EngineError(
-            f"Row {i} of the logits is not usable: wanted finite values (or -inf for impossible "
-            f"tokens), its maximum is {highest[i].item()}. The model or its weights produced it."
-        )
+def _refuse_impossible(best: Sequence[float]) -> None:
+    for i, score in enumerate(best):
+        if not isfinite(score):
+            raise EngineError(
+                f"Row {i} leaves no token to choose: its best score is {score}. Either "
+                "min_tokens rules out the whole vocabulary, or the logits overflowed."
+            )
+
+
+def _refuse_bad(highest: Sequence[float]) -> None:
+    for i, value in enumerate(highest):
+        if not isfinite(value):
+            raise EngineError(
+                f"Row {i} of the logits is not usable: wanted finite values (or -inf for "
+                f"impossible tokens), its maximum is {value}. The model or its weights produced it."
+            )
 
 
 def _report(
-    logits: Tensor, logprobs: Tensor, token_ids: Sequence[int], num_top: Sequence[int | None]
+    logits: Tensor,
+    logprobs: Tensor,
+    token_ids: Sequence[int],
+    own: Sequence[float],
+    num_top: Sequence[int | None],
 ) -> list[SampledRow]:
-    index = torch.tensor(token_ids, dtype=torch.int64, device=logits.device)
-    own = logprobs.gather(1, index.unsqueeze(1)).squeeze(1).tolist()
     report = []
     for i, (token_id, count) in enumerate(zip(token_ids, num_top, strict=True)):
         rank = None if count is None else _rank(logits[i], token_id)

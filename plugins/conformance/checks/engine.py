@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ....verify.workload import Case
 
 _CELLS = ("deterministic", "chunked_prefill", "radix_cache", "non_greedy_sampling")
+_KV_BYTES = 2**28  # enough, and room on a GPU for what else is there
+
 _EVIDENCE = {
     "batch": ("deterministic", "non_greedy_sampling"),
     "order": ("deterministic", "non_greedy_sampling"),
@@ -45,6 +47,7 @@ def _engine(context: Context) -> Iterator[Finding]:
             dtype=corners.base.dtype,
             page_size=corners.base.page_size,
             max_num_seqs=64,
+            kv_cache_memory=_KV_BYTES,
         )
         try:
             engine, _ = start_engine(config, PluginHost(candidates=subject.candidates))

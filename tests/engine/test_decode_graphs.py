@@ -1,0 +1,149 @@
+"""Captured decode steps give the bits of eager ones; on a CPU the captures are tapes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from isobit import SamplingParams
+from isobit.backends.base import Batch
+from isobit.core.config import EngineConfig
+from isobit.core.engine import Engine
+from isobit.core.graphs import DecodeGraphs, graph_sizes
+from isobit.core.startup import start_engine
+from isobit.plugins.conformance.mutants.catalogue import candidates
+from isobit.plugins.manager import PluginHost
+from isobit.verify.drive import as_transcripts, drive
+from isobit.verify.locate import tracing
+from isobit.verify.transcript import Transcript
+from isobit.verify.workload import Case
+
+SIZES = (1, 2, 4)
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CASES = [
+    Case(
+        f"case {index}",
+        tuple(3 + (index * 7 + place) % 50 for place in range(1 + 5 * index)),
+        SamplingParams(
+            max_tokens=4 + 3 * index,
+            temperature=(0.0, 1.0)[index % 2],
+            seed=index,
+            ignore_eos=True,
+            logprobs=2,
+        ),
+    )
+    for index in range(6)
+]
+"""Six of other lengths that end one after the other: the batch passes through every size."""
+
+
+@dataclass
+class Steps:
+    """Decode-only steps of an engine, by the number of their requests."""
+
+    replayed: Counter[int] = field(default_factory=Counter)
+    eager: Counter[int] = field(default_factory=Counter)
+
+
+def start(folder: Path, backend: str) -> Engine:
+    config = EngineConfig(
+        model=str(folder),
+        attention_backend=backend,
+        kernels="torch",
+        device="cpu",
+        max_model_len=64,
+        page_size=7,
+    )
+    return start_engine(config, PluginHost(candidates=candidates()))[0]
+
+
+def with_graphs(engine: Engine) -> Engine:
+    """Graphs as start-up makes them on a GPU; the matrix refuses them on a CPU."""
+    runner = engine.runner
+    hidden_size = runner.decoder.config.hidden_size
+    runner.graphs = DecodeGraphs(runner.backend, runner.compute, SIZES, hidden_size)
+    return engine
+
+
+def watched(engine: Engine) -> Steps:
+    """Counts the decode steps from now on."""
+    steps, runner = Steps(), engine.runner
+    graphs = runner.graphs
+    assert graphs is not None
+    replay, plan = graphs.replay, runner.backend.plan
+
+    def counting_replay(batch: Batch) -> torch.Tensor:
+        steps.replayed[batch.num_seqs] += 1
+        return replay(batch)
+
+    def counting_plan(batch: Batch) -> object:
+        if batch.num_decodes == batch.num_seqs:
+            steps.eager[batch.num_seqs] += 1
+        return plan(batch)
+
+    graphs.replay, runner.backend.plan = counting_replay, counting_plan
+    return steps
+
+
+def run(engine: Engine, arrive: Callable[[int], int] = lambda place: 0) -> list[Transcript]:
+    return as_transcripts(drive(engine, CASES, arrive=arrive))
+
+
+@pytest.fixture(scope="module")
+def expected(small_folder: Path) -> list[Transcript]:
+    return run(start(small_folder, "mutant-none"))
+
+
+def test_sizes() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(5) == [1, 2, 4, 5]
+    assert graph_sizes(33) == [1, 2, 4, 8, 16, 24, 32, 33]
+    assert graph_sizes(256)[-2:] == [248, 256]
+
+
+def test_graphs_give_the_bits_of_eager_steps(
+    small_folder: Path, expected: list[Transcript]
+) -> None:
+    """Below, at and beyond the largest size; requests end, join and find a flushed cache."""
+    engine = with_graphs(start(small_folder, "mutant-none"))
+    steps = watched(engine)
+    for arrive in (lambda place: 0, lambda place: 2 * place, lambda place: 40 * place):
+        assert run(engine, arrive) == expected
+        engine.flush_cache()
+    assert set(steps.replayed) == set(SIZES)
+    assert steps.eager
+    assert min(steps.eager) > SIZES[-1]
+
+
+def test_stale_lengths_are_caught(small_folder: Path, expected: list[Transcript]) -> None:
+    """The negative control: a backend whose replays keep the capture's lengths."""
+    name = "mutant-captured-lengths"
+    assert run(start(small_folder, name)) == expected
+    assert run(with_graphs(start(small_folder, name))) != expected
+
+
+def test_an_observer_sees_every_op(small_folder: Path, expected: list[Transcript]) -> None:
+    engine = with_graphs(start(small_folder, "mutant-none"))
+    steps = watched(engine)
+    with tracing(engine, CASES[3]) as trace:
+        assert run(engine) == expected
+    assert not steps.replayed
+    last = len(CASES[3].prompt_token_ids) + CASES[3].params.max_tokens - 2
+    assert (last, "layers.1.mlp.act") in trace.digests
+    engine.flush_cache()
+    assert run(engine) == expected
+    assert steps.replayed
+
+
+def test_the_null_page_is_never_read(small_folder: Path, expected: list[Transcript]) -> None:
+    engine = with_graphs(start(small_folder, "mutant-none"))
+    for layer in engine.runner.layers:
+        layer.k.fill_(torch.nan)
+        layer.v.fill_(torch.nan)
+    assert run(engine, lambda place: 3 * place) == expected

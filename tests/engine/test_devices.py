@@ -1,0 +1,152 @@
+"""Which device is taken, what is said where it is missing, how much memory the KV cache gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from isobit import LLM
+from isobit.core.config import EngineConfig
+from isobit.core.devices import resolve_device
+from isobit.core.memory import DeviceMemory, explained_shortage, num_pages
+from isobit.core.packing import pack
+from isobit.core.request import Request
+from isobit.core.step import ScheduledSeq
+from isobit.errors import ConfigError
+from isobit.models.config import ModelConfig
+from isobit.models.registry import load_model_config
+from isobit.models.weights import random_weights_digest
+from isobit.sampling.params import SamplingParams
+from isobit.verify.judge import rng_states
+
+CPU = torch.device("cpu")
+GIB = 2**30
+H200 = DeviceMemory(
+    total=140 * GIB, free=100 * GIB, reserved=20 * GIB, weights=16 * GIB, peak=18 * GIB
+)
+PAGE = 2**20
+
+
+def test_auto_without_cuda_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert resolve_device("auto") == resolve_device("cpu") == CPU
+
+
+def test_auto_takes_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert resolve_device("auto") == resolve_device("cuda") == torch.device("cuda", 1)
+    assert resolve_device("cpu") == CPU
+
+
+@pytest.mark.parametrize(
+    ("cuda", "message"),
+    [
+        (None, r"built without CUDA\. Install a CUDA build .* Or pass device='cpu'"),
+        ("13.0", r"for CUDA 13\.0 sees no device: .* Check with nvidia-smi\. Or pass"),
+    ],
+)
+def test_cuda_that_is_missing_is_explained(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, message: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    with pytest.raises(ConfigError, match=message):
+        LLM("tiny-qwen3", load_format="random", device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "tpu"}, r"device was 'tpu'; wanted one of 'auto', 'cpu', 'cuda'"),
+        ({"gpu_memory_utilization": 0}, r"gpu_memory_utilization was 0; wanted a number above 0"),
+        ({"gpu_memory_utilization": 1.5}, r"was 1\.5; wanted .* at most 1"),
+        ({"gpu_memory_utilization": True}, r"was True; wanted"),
+        ({"cuda_graph_max_bs": 0}, r"cuda_graph_max_bs was 0; wanted a whole number from 1"),
+    ],
+)
+def test_options_out_of_range(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineConfig(model="tiny-qwen3", **options)  # type: ignore[arg-type]
+
+
+def test_the_kv_cache_takes_what_is_left() -> None:
+    """0.9 of 140 GiB; 20 are others', a step at its height takes 18: 88 are left."""
+    assert H200.for_kv(0.9) == int(0.9 * 140 * GIB) - 38 * GIB
+    config = EngineConfig(model="m", gpu_memory_utilization=0.5)
+    assert num_pages(config, PAGE, 1000, H200) == 32 * GIB // PAGE
+
+
+def test_a_share_too_small_says_what_to_lower() -> None:
+    config = EngineConfig(model="m", gpu_memory_utilization=0.1, max_model_len=1000)
+    message = (
+        r"holds 0 pages of 16 tokens .* max_model_len = 1000 tokens takes 63 .*"
+        r"gpu_memory_utilization = 0\.1 .* Raise gpu_memory_utilization, lower max_num_batched"
+    )
+    with pytest.raises(ConfigError, match=message):
+        num_pages(config, PAGE, 1000, H200)
+
+
+def test_an_amount_that_was_asked_for_is_taken_or_refused() -> None:
+    config = EngineConfig(model="m", kv_cache_memory="1GiB")
+    assert num_pages(config, PAGE, 1000, H200) == num_pages(config, PAGE, 1000, None) == 1024
+    with pytest.raises(ConfigError, match=r"Raise kv_cache_memory, or lower .* at most 16384"):
+        num_pages(config, PAGE, 16385, H200)
+    with pytest.raises(ConfigError, match=r"150323855360 bytes of memory\. Lower kv_cache_memory"):
+        num_pages(EngineConfig(model="m", kv_cache_memory="200GiB"), PAGE, 1000, H200)
+
+
+def test_a_shortage_at_start_up_says_what_to_lower() -> None:
+    text = "CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has a total capacity of 10 GiB"
+    with (
+        pytest.raises(ConfigError, match=r"allocate 20 GiB\. Lower max_num_batched_tokens"),
+        explained_shortage(),
+    ):
+        raise torch.OutOfMemoryError(text)
+
+
+def test_padding_lies_on_the_null_page() -> None:
+    request = Request("r", [5, 6, 7], SamplingParams(max_tokens=4))
+    request.page_ids = [3, 9]
+    batch = pack([ScheduledSeq(request, 2, 1, True, True)], 2, CPU, padding=2)
+    assert batch.token_ids.tolist() == [7, 0, 0]
+    assert batch.positions.tolist() == [2, 0, 0]
+    assert batch.slot_mapping.tolist() == [18, 0, 0]
+    assert batch.cu_seqlens_q.tolist() == [0, 1, 2, 3]
+    assert batch.seq_lens.tolist() == batch.kv_lens == [3, 1, 1]
+    assert batch.block_table.tolist() == [[3, 9], [0, 0], [0, 0]]
+    assert batch.num_decodes == batch.num_seqs == 3
+    base = batch.token_ids.data_ptr()
+    assert (batch.positions.data_ptr() - base) % 256 == 0
+    assert (batch.block_table.data_ptr() - batch.cu_seqlens_q.data_ptr()) % 256 == 0
+
+
+def test_the_digest_of_weights_drawn_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part that decides the values changes it."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "one")
+    cuda = torch.device("cuda", 0)
+
+    def digest(shape: str = "tiny-qwen3", seed: int = 0, dtype: torch.dtype = torch.float32) -> str:
+        model: ModelConfig = load_model_config(shape, random=True)[1]
+        return random_weights_digest(model, seed, dtype, cuda)
+
+    found = {digest(), digest("tiny-llama"), digest(seed=1), digest(dtype=torch.bfloat16)}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "another")
+    found.add(digest())
+    assert len(found) == 5
+    assert digest() == digest()
+
+
+def test_the_report_names_the_device(small_folder: Path) -> None:
+    with LLM(str(small_folder), device="cpu", max_model_len=64) as llm:
+        assert "device" in [row[0] for row in llm.report.rows]
+        assert llm.fingerprint_parts["device"].startswith("cpu ")
+        assert "cuda" not in llm.fingerprint_parts
+
+
+def test_no_cuda_state_is_looked_at_unless_cuda_is_in_use() -> None:
+    if torch.cuda.is_initialized():
+        pytest.skip("CUDA is in use in this process")
+    assert len(rng_states()) == 3
