@@ -31,7 +31,14 @@ from isobit.kernels.triton.tiling import KV_TILE, SPLIT, Launch, Tiling, default
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EDGES = [1, 16, 63, 64, 65, 129, 150]
-TILING = Tiling(split=64, prefill=Launch(16, 4, 1), decode=Launch(16, 4, 1))
+TILING = Tiling(
+    near_split=64,
+    near_end=128,
+    split=128,
+    prefill=Launch(16, 4, 1),
+    decode=Launch(16, 4, 1),
+    serial=64,
+)
 VARIANTS = [
     pytest.param({}, id="plain"),
     pytest.param({"window": 1}, id="window-1"),
