@@ -184,7 +184,7 @@ def _walk(
     """
     first = split_of(start, NEAR_SPLIT, NEAR_END, SPLIT)
     last = split_of(stop - 1, NEAR_SPLIT, NEAR_END, SPLIT)
-    for split in range(first, first + 1 if FLAT else last + 1):
+    for part in range(0, 1 if FLAT else last - first + 1):
         at = start
         end = stop
         if not FLAT:
@@ -194,8 +194,8 @@ def _walk(
             m = tl.full(m.shape, float("-inf"), tl.float32)
             total = tl.zeros(total.shape, tl.float32)
             acc = tl.zeros(acc.shape, tl.float32)
-            at = split_start(split, NEAR_SPLIT, NEAR_END, SPLIT)
-            end = tl.minimum(split_start(split + 1, NEAR_SPLIT, NEAR_END, SPLIT), stop)
+            at = split_start(first + part, NEAR_SPLIT, NEAR_END, SPLIT)
+            end = tl.minimum(split_start(first + part + 1, NEAR_SPLIT, NEAR_END, SPLIT), stop)
         # Each tile's slots are looked up a tile ahead: no load of K waits for the page table.
         slots = _tile_slots(table, at, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE, WIDE)
         for tile in range(at, end, BLOCK_N):
