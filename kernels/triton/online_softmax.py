@@ -22,17 +22,20 @@ ones, so that it has the order of the others. fp32 inputs are multiplied in fp32
 the row does not see have weight zero. Positions past the sequence's end are read as zeros.
 
 So a tile in which a row sees nothing, and a split of such tiles, change no bit of it: there
-``a = 1`` and ``p = 0``, or ``A = 1`` and ``l = o = 0``. Nor does folding a state into the empty one,
-so a state that was folded from the first splits may be stored, and others folded to it. The result depends on the query and on the
-positions that it sees alone. Decode equals prefill, and chunks, neighbours, the page size, the
-height of a tile of rows, warps, stages and the grid are free. Fused multiply-adds are written out,
-and the kernels are compiled without any other (``enable_fp_fusion=False``).
+``a = 1`` and ``p = 0``, or ``A = 1`` and ``l = o = 0``. Folded into the empty state, a state stays
+as it is: what some program folded of the first splits may be stored, and later splits folded into
+it. The result depends on the query and on the positions that it sees alone. Decode equals prefill,
+and chunks, neighbours, the page size, the height of a tile of rows, who walks which splits, warps,
+stages and the grid are free. Fused multiply-adds are written out, and the kernels are compiled
+without any other (``enable_fp_fusion=False``).
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .page_table import tile_slots
 
 SUM_COLUMNS = tl.constexpr(8)
 """Columns of ones in the product that adds up p: the least that a matrix instruction takes."""
@@ -184,7 +187,7 @@ def _walk(
     """
     first = split_of(start, NEAR_SPLIT, NEAR_END, SPLIT)
     last = split_of(stop - 1, NEAR_SPLIT, NEAR_END, SPLIT)
-    for part in range(0, 1 if FLAT else last - first + 1):
+    for part in range(1 if FLAT else last - first + 1):
         at = start
         end = stop
         if not FLAT:
@@ -197,7 +200,7 @@ def _walk(
             at = split_start(first + part, NEAR_SPLIT, NEAR_END, SPLIT)
             end = tl.minimum(split_start(first + part + 1, NEAR_SPLIT, NEAR_END, SPLIT), stop)
         # Each tile's slots are looked up a tile ahead: no load of K waits for the page table.
-        slots = _tile_slots(table, at, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE, WIDE)
+        slots = tile_slots(table, at, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE, WIDE)
         for tile in range(at, end, BLOCK_N):
             if FLAT and tile == split_start(
                 split_of(tile, NEAR_SPLIT, NEAR_END, SPLIT), NEAR_SPLIT, NEAR_END, SPLIT
@@ -212,40 +215,10 @@ def _walk(
                 m, total, acc, q, row_pos, tile, kv_len, k_head, v_head, slots, factor, cap_factor,
                 BLOCK_N, BLOCK_D, HEAD_DIM, WINDOW, SOFT_CAP, MASKED,
             )  # fmt: skip
-            slots = _tile_slots(
+            slots = tile_slots(
                 table, tile + BLOCK_N, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE, WIDE
             )
     return m, total, acc, folded_m, folded_total, folded_acc
-
-
-@triton.jit
-def _tile_slots(
-    table,
-    at,
-    kv_len,
-    page_stride,
-    BLOCK_N: tl.constexpr,
-    SLOT_STRIDE: tl.constexpr,
-    PAGE: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """Where the slots of the tile from position ``at`` begin in the cache, ``[BLOCK_N]``.
-
-    WIDE: whether the cache has places that an int32 cannot count
-    """
-    lane = tl.arange(0, BLOCK_N)
-    if PAGE % BLOCK_N == 0:  # the tile lies in one page
-        pages = tl.load(table + at // PAGE, mask=at < kv_len, other=0)
-        inside = (at % PAGE + lane) * SLOT_STRIDE
-    elif BLOCK_N % PAGE == 0:  # pages begin at the tile's edge
-        pages = tl.load(table + at // PAGE + lane // PAGE, mask=at + lane < kv_len, other=0)
-        inside = lane % PAGE * SLOT_STRIDE
-    else:
-        pages = tl.load(table + (at + lane) // PAGE, mask=at + lane < kv_len, other=0)
-        inside = (at + lane) % PAGE * SLOT_STRIDE
-    if WIDE:
-        pages = pages.to(tl.int64)
-    return pages * page_stride + inside
 
 
 @triton.jit

@@ -29,8 +29,8 @@ class Launch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """``kv_tile`` and the three of the splits are of the contract (``online_softmax.py``): positions,
-    powers of two, each a multiple of the smaller ones. The rest changes no bit.
+    """``kv_tile``, ``near_split``, ``near_end`` and ``split`` are of the contract, as is said in
+    ``online_softmax.py``: positions, powers of two. The rest changes no bit.
 
     flat: whether one loop of a prefill walks the tiles of all splits; under a window it always does
     serial: positions that one program walks by itself in a decode step that fills the card without
