@@ -182,8 +182,8 @@ def _walk(
     """The tiles from ``start`` to ``stop``; where a split begins, the one before it is folded.
 
     FLAT: in one loop, whose loads run on from split to split, but whose products are waited for in
-    every tile; otherwise in a loop for each split, which begins with no loads under way.
-        Then ``start`` is where a split starts
+    every tile; otherwise in a loop for each split, which begins with no loads under way. Then
+    ``start`` is where a split starts.
     """
     first = split_of(start, NEAR_SPLIT, NEAR_END, SPLIT)
     last = split_of(stop - 1, NEAR_SPLIT, NEAR_END, SPLIT)
@@ -191,16 +191,17 @@ def _walk(
         at = start
         end = stop
         if not FLAT:
+            at = split_start(first + part, NEAR_SPLIT, NEAR_END, SPLIT)
+            end = tl.minimum(split_start(first + part + 1, NEAR_SPLIT, NEAR_END, SPLIT), stop)
+        # Each tile's slots are looked up a tile ahead: no load of K waits for the page table.
+        slots = tile_slots(table, at, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE, WIDE)
+        if not FLAT:
             folded_m, folded_total, folded_acc = fold_split(
                 folded_m, folded_total, folded_acc, m, _column(total), acc
             )
             m = tl.full(m.shape, float("-inf"), tl.float32)
             total = tl.zeros(total.shape, tl.float32)
             acc = tl.zeros(acc.shape, tl.float32)
-            at = split_start(first + part, NEAR_SPLIT, NEAR_END, SPLIT)
-            end = tl.minimum(split_start(first + part + 1, NEAR_SPLIT, NEAR_END, SPLIT), stop)
-        # Each tile's slots are looked up a tile ahead: no load of K waits for the page table.
-        slots = tile_slots(table, at, kv_len, page_stride, BLOCK_N, SLOT_STRIDE, PAGE, WIDE)
         for tile in range(at, end, BLOCK_N):
             if FLAT and tile == split_start(
                 split_of(tile, NEAR_SPLIT, NEAR_END, SPLIT), NEAR_SPLIT, NEAR_END, SPLIT
