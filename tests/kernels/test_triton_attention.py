@@ -26,6 +26,7 @@ from triton.runtime import interpreter
 from isobit.backends.base import AttentionConfig, Batch, LayerCache
 from isobit.backends.triton_attention import TritonAttention
 from isobit.errors import ConfigError
+from isobit.kernels.triton import decode, prefill, tiling
 from isobit.kernels.triton.prefill import prefill_work
 from isobit.kernels.triton.tiling import (
     KV_TILE,
@@ -300,6 +301,19 @@ def test_pages_and_launches_change_no_bit():
             assert_same_bits(a, b)
 
 
+def test_a_cache_too_large_for_int32_changes_no_bit(monkeypatch):
+    parts = [(0, 149, 150), (1, 0, 70)]
+    expected = served([150, 70]).attend(parts, 1)
+
+    def wide(*arguments):
+        return tiling.kernel_arguments(*arguments) | {"WIDE": True}
+
+    monkeypatch.setattr(decode, "kernel_arguments", wide)
+    monkeypatch.setattr(prefill, "kernel_arguments", wide)
+    for a, b in zip(served([150, 70]).attend(parts, 1), expected, strict=True):
+        assert_same_bits(a, b)
+
+
 @pytest.mark.parametrize("variant", [{}, {"window": 40}, {"window": 100, "cap": 3.0}])
 @pytest.mark.parametrize("programs", [1, 1 << 12])
 def test_the_splits_that_one_program_walks_change_no_bit(variant, programs):
@@ -408,9 +422,9 @@ def test_the_longest_walks_come_first():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shared_memory", [101376, 166912, 232448])
 def test_tilings_differ_only_in_what_is_free(head_dim, itemsize, shared_memory):
-    tiling = default_tiling(head_dim, itemsize, shared_memory)
-    assert (tiling.kv_tile, tiling.near_split) == (KV_TILE, NEAR_SPLIT)
-    assert (tiling.near_end, tiling.split) == (NEAR_END, SPLIT)
+    chosen = default_tiling(head_dim, itemsize, shared_memory)
+    assert (chosen.kv_tile, chosen.near_split) == (KV_TILE, NEAR_SPLIT)
+    assert (chosen.near_end, chosen.split) == (NEAR_END, SPLIT)
 
 
 def test_splits_are_counted_as_the_kernels_count_them():
