@@ -3,11 +3,13 @@
 They keep the contract of ``kernels/triton/online_softmax.py``, so a decode step gives the bits of a
 prefill and any chunking those of any other. Lengths are read on the device; what the host decides
 from them is the launch grid, which changes no bit. A captured step has the grid of the longest
-sequence that there may be, and its programs stop at the lengths they find.
+sequence that there may be, and its programs stop at the lengths they find; how many splits one
+program walks by itself follows from the number of sequences, which a captured step keeps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ import triton
 from torch import Tensor
 
 from ..errors import ConfigError
-from ..kernels.triton.decode import Partials, attend_decode
+from ..kernels.triton.decode import Partials, allocate_room, attend_decode, partial_slots
 from ..kernels.triton.kv_write import write_kv
 from ..kernels.triton.prefill import attend_prefill, prefill_work
 from ..kernels.triton.tiling import Scoring, Tiling, default_tiling
@@ -67,7 +69,8 @@ class TritonAttention(AttentionBackend):
             )
             for layer in range(config.num_layers)
         ]
-        self._captured: Partials | None = None
+        self._graph_room: Tensor | None = None
+        self._graph_seqs = 0
 
     def plan(self, batch: Batch) -> TritonPlan:
         partials = self._partials(batch) if batch.num_decodes else None
@@ -109,24 +112,31 @@ class TritonAttention(AttentionBackend):
     def capture(self, max_num_seqs: int) -> None:
         """Allocate the workspace that recorded steps share, for sequences of any length.
 
-        Bytes: sequences x splits of ``max_model_len`` x query heads x (head dim + 2) x 4.
+        Bytes: the most that a step of up to ``max_num_seqs`` sequences has of sequences x slots
+        (``Partials``), x query heads x (head dim + 2) x 4.
         """
-        self._captured = self._allocate(max_num_seqs, self.config.max_model_len)
+        self._graph_room = self._room(range(1, max_num_seqs + 1), self.config.max_model_len)
+        self._graph_seqs = max_num_seqs
 
     def replay(self, plan: TritonPlan, batch: Batch) -> None:
         """Nothing to refresh: the kernels read the lengths from the batch's tensors."""
 
     def _partials(self, batch: Batch) -> Partials:
-        """The workspace: that of the graphs for a step that may be recorded."""
-        decodes, room = batch.num_decodes, self._captured
-        if room is not None and batch.num_seqs == decodes <= room.acc.shape[0]:
-            return room
-        return self._allocate(decodes, max(batch.kv_lens[:decodes]))
+        """The workspace: in that of the graphs for a step that may be recorded."""
+        c, decodes = self.config, batch.num_decodes
+        room, kv_len = self._graph_room, c.max_model_len
+        if room is None or not batch.num_seqs == decodes <= self._graph_seqs:
+            kv_len = max(batch.kv_lens[:decodes])
+            room = self._room([decodes], kv_len)
+        slots = partial_slots(decodes, c.num_kv_heads, kv_len, self._tiling)
+        serial = self._tiling.serial_splits(decodes * c.num_kv_heads)
+        return Partials.within(room, decodes, slots, c.num_q_heads, c.head_dim, serial)
 
-    def _allocate(self, num_seqs: int, kv_len: int) -> Partials:
+    def _room(self, sizes: Iterable[int], kv_len: int) -> Tensor:
+        """Memory for the workspace of a step of any of these numbers of sequences."""
         c = self.config
-        splits = -(-kv_len // self._tiling.split)
-        return Partials.allocate(num_seqs, splits, c.num_q_heads, c.head_dim, c.device)
+        rows = max(n * partial_slots(n, c.num_kv_heads, kv_len, self._tiling) for n in sizes)
+        return allocate_room(rows, c.num_q_heads, c.head_dim, c.device)
 
     def _work(self, batch: Batch) -> Tensor:
         c = self.config

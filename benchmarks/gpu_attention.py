@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from gpu_attention_bits import CUDA, capture, check_all
 
-from isobit.kernels.triton.decode import Partials, attend_decode
+from isobit.kernels.triton.decode import Partials, allocate_room, attend_decode, partial_slots
 from isobit.kernels.triton.prefill import attend_prefill, prefill_work
 from isobit.kernels.triton.tiling import Launch, Scoring, Tiling, default_tiling
 
@@ -85,9 +85,11 @@ class Load:
         scoring, group = Scoring(scale=self.scale), num_q_heads // num_kv_heads
         tail = (self.lens, self.table, scoring, tiling)
         if self.new == 1:
-            splits = -(-self.length // tiling.split)
-            room = Partials.allocate(self.batch, splits, num_q_heads, dim, CUDA)
-            return self.each(attend_decode, self.batch, *tail, room, self.out)
+            slots = partial_slots(self.batch, num_kv_heads, self.length, tiling)
+            serial = tiling.serial_splits(self.batch * num_kv_heads)
+            room = allocate_room(self.batch * slots, num_q_heads, dim, CUDA)
+            partials = Partials.within(room, self.batch, slots, num_q_heads, dim, serial)
+            return self.each(attend_decode, self.batch, *tail, partials, self.out)
         lens = ([self.new] * self.batch, [self.length] * self.batch)
         tiles = prefill_work(*lens, first=0, group=group, rows=tiling.prefill.rows)
         work = torch.tensor(tiles, dtype=torch.int32, device=CUDA)
@@ -105,30 +107,31 @@ class Load:
         )  # fmt: skip
 
 
-def tilings(base: Tiling, tune: bool, prefill: bool) -> Iterator[Tiling]:
-    yield base
-    if not tune:
+def tilings(base: Tiling, load: Load) -> Iterator[Tiling]:
+    """The grid of ``--tune``: 22 compilations over all loads, since ``serial`` needs none."""
+    if load.new > 1:
+        for shape in [(128, 8, 3), (128, 8, 4), (128, 8, 2)]:
+            for flat in (False, True):
+                yield replace(base, prefill=Launch(*shape), flat=flat)
+        for near_split in (512, 1024):
+            yield replace(base, near_split=near_split)
         return
-    shapes = (
-        [(128, 8, 2), (128, 8, 3), (128, 8, 4), (128, 4, 2), (64, 4, 2), (64, 4, 3)]
-        if prefill
-        else [(16, 4, 2), (16, 4, 4), (16, 2, 3), (16, 2, 4), (16, 8, 3)]
-    )
-    for split in (256, 512, 1024, 2048):
-        for kv_tile in (64, 128):
-            for shape in shapes:
-                launch = Launch(*shape)
-                free = replace(base, prefill=launch) if prefill else replace(base, decode=launch)
-                yield replace(free, split=split, kv_tile=kv_tile)
+    serials = (0, 1024, 4096) if load.batch * load.heads[1] >= base.serial_from else (0,)
+    for shape in [(16, 4, 3), (16, 4, 4), (16, 8, 3), (16, 8, 4), (16, 2, 3)]:
+        for serial in serials:
+            yield replace(base, decode=Launch(*shape), serial=serial)
+    for serial in serials:
+        yield replace(base, near_split=512, serial=serial)
 
 
 def time_load(load: Load, tune: bool, fa3: bool) -> str:
     name = f"{load.batch} x {load.length}, {load.new} new, page {load.page_size}"
     base = default_tiling(load.heads[2], 2, 232448)
     best: tuple[float, str] | None = None
-    for tiling in tilings(base, tune, load.new > 1):
+    for tiling in tilings(base, load) if tune else [base]:
         launch = tiling.prefill if load.new > 1 else tiling.decode
-        label = f"S={tiling.split} N={tiling.kv_tile} {launch}"
+        free = f"flat={tiling.flat}" if load.new > 1 else f"serial={tiling.serial}"
+        label = f"S={tiling.near_split}/{tiling.split} {free} {launch}"
         try:
             us = load.ours(tiling)
         except Exception as error:  # a tiling may be too large for the card

@@ -22,9 +22,9 @@ from isobit.kernels.triton.tiling import Launch, Tiling
 
 CUDA = torch.device("cuda")
 HEADS = [(32, 8, 128), (9, 3, 64), (16, 8, 128), (8, 1, 256)]
-LENGTHS = [2500, 1, 1024, 1025, 3100]
-EDGES = [0, 1, 63, 64, 65, 1023, 1024, 1025, 2047, 2048, 2499]
-CUTS = [0, 1, 100, 1024, 1500, 1501, 2500]
+LENGTHS = [5300, 1, 1024, 4097, 4500]
+EDGES = [0, 1, 63, 64, 65, 255, 256, 257, 4095, 4096, 4097, 5119, 5120, 5299]
+CUTS = [0, 1, 100, 1024, 1500, 1501, 4096, 5300]
 Part = tuple[int, int, int]
 
 
@@ -205,8 +205,15 @@ def launches(case: Case) -> Iterator[Tiling]:
     wide = case.config.dtype == torch.float32 or case.config.head_dim > 128
     for rows, warps in ((16, 4), (32, 4), (64, 8)) if wide else ((16, 2), (64, 4), (128, 8)):
         decode = Launch(min(rows, 64), warps, 1)
-        programs = 1 if rows == 16 else 1 << 14
-        yield Tiling(prefill=Launch(rows, warps, 1), decode=decode, decode_programs=programs)
+        few = rows == 16
+        yield Tiling(
+            prefill=Launch(rows, warps, 1),
+            flat=not few,
+            decode=decode,
+            serial=1024 if few else 4096,
+            serial_from=1,
+            decode_programs=1 if few else 1 << 12,
+        )
 
 
 def check_all() -> bool:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .online_softmax import attend_split, fold_split, normalise
+from .online_softmax import attend_span, normalise
 from .tiling import Scoring, Tiling, kernel_arguments
 
 
@@ -60,6 +60,7 @@ def attend_prefill(
         block_table,
         block_table.stride(0),
         BLOCK_M=tiling.prefill.rows,
+        FLAT=tiling.flat or scoring.window is not None,
         num_warps=tiling.prefill.warps,
         num_stages=tiling.prefill.stages,
         **kernel_arguments(q, k_cache, v_cache, scoring, tiling),
@@ -87,9 +88,13 @@ def _prefill_kernel(
     NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     PAGE: tl.constexpr,
+    WIDE: tl.constexpr,
+    NEAR_SPLIT: tl.constexpr,
+    NEAR_END: tl.constexpr,
     SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     seq = tl.load(work + 2 * tl.program_id(0))
     first_row = tl.load(work + 2 * tl.program_id(0) + 1) * BLOCK_M
@@ -114,35 +119,33 @@ def _prefill_kernel(
     begin = 0
     if WINDOW > 0:
         begin = tl.maximum(first_pos - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
-    end = last_pos + 1
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for split in range(begin // SPLIT, tl.cdiv(end, SPLIT)):
-        split_m, split_total, split_acc = attend_split(
-            queries,
-            before + tokens,
-            first_pos,
-            last_pos,
-            tl.maximum(split * SPLIT, begin),
-            tl.minimum(split * SPLIT + SPLIT, end),
-            kv_len,
-            k_cache + kv_head * HEAD_DIM,
-            v_cache + kv_head * HEAD_DIM,
-            block_table + seq.to(tl.int64) * table_stride,
-            page_stride,
-            factor,
-            cap_factor,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_D,
-            HEAD_DIM,
-            NUM_KV_HEADS * HEAD_DIM,
-            PAGE,
-            WINDOW,
-            SOFT_CAP,
-        )
-        m, total, acc = fold_split(m, total, acc, split_m, split_total, split_acc)
-
+    _, total, acc = attend_span(
+        queries,
+        before + tokens,
+        first_pos,
+        last_pos,
+        begin,
+        last_pos + 1,
+        kv_len,
+        k_cache + kv_head * HEAD_DIM,
+        v_cache + kv_head * HEAD_DIM,
+        block_table + seq.to(tl.int64) * table_stride,
+        page_stride,
+        factor,
+        cap_factor,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        HEAD_DIM,
+        NUM_KV_HEADS * HEAD_DIM,
+        PAGE,
+        WIDE,
+        NEAR_SPLIT,
+        NEAR_END,
+        SPLIT,
+        WINDOW,
+        SOFT_CAP,
+        FLAT,
+    )
     result = normalise(total, acc).to(out.dtype.element_ty)
     tl.store(out + places, result, mask=(rows < query_len * GROUP)[:, None] & in_head)

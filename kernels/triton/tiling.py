@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 KV_TILE = 64
+NEAR_SPLIT = 256
+NEAR_END = 4096
 SPLIT = 1024
 _SCRATCH = 4096
 _LOG2E = math.log2(math.e)
@@ -27,18 +29,36 @@ class Launch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
-    """``kv_tile`` and ``split`` are of the contract: positions of a tile and of a split, powers of
-    two. The rest changes no bit.
+    """``kv_tile``, ``near_split``, ``near_end`` and ``split`` are of the contract, as is said in
+    ``online_softmax.py``: positions, powers of two. The rest changes no bit.
 
+    flat: whether one loop of a prefill walks the tiles of all splits; under a window it always does
+    serial: positions that one program walks by itself in a decode step that fills the card without
+        more of them; a split starts there
+    serial_from: (sequence, KV head) pairs from which on a decode step fills the card
     decode_programs: how many programs a decode step should start at most, where one sequence's
-    splits can be spread over several
+        splits can be spread over several
     """
 
     kv_tile: int = KV_TILE
+    near_split: int = NEAR_SPLIT
+    near_end: int = NEAR_END
     split: int = SPLIT
     prefill: Launch = field(default=Launch(128, 8, 3))
+    flat: bool = False
     decode: Launch = field(default=Launch(16, 4, 3))
-    decode_programs: int = 16384
+    serial: int = 4096
+    serial_from: int = 128
+    decode_programs: int = 4096
+
+    def splits(self, kv_len: int) -> int:
+        """How many splits ``kv_len`` positions reach into."""
+        near = -(-min(kv_len, self.near_end) // self.near_split)
+        return near - (-max(kv_len - self.near_end, 0) // self.split)
+
+    def serial_splits(self, pairs: int) -> int:
+        """How many splits, the first ones, one program walks in a decode step of ``pairs``."""
+        return max(1, self.splits(self.serial)) if pairs >= self.serial_from else 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +126,9 @@ def kernel_arguments(
         "NUM_KV_HEADS": num_kv_heads,
         "GROUP": q.shape[1] // num_kv_heads,
         "PAGE": page_size,
+        "WIDE": k_cache.shape[0] * k_cache.stride(0) >= 1 << 31,
+        "NEAR_SPLIT": tiling.near_split,
+        "NEAR_END": tiling.near_end,
         "SPLIT": tiling.split,
         "WINDOW": scoring.window or 0,
         "SOFT_CAP": cap is not None,

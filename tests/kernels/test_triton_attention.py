@@ -26,12 +26,29 @@ from triton.runtime import interpreter
 from isobit.backends.base import AttentionConfig, Batch, LayerCache
 from isobit.backends.triton_attention import TritonAttention
 from isobit.errors import ConfigError
+from isobit.kernels.triton import decode, prefill, tiling
 from isobit.kernels.triton.prefill import prefill_work
-from isobit.kernels.triton.tiling import KV_TILE, SPLIT, Launch, Tiling, default_tiling
+from isobit.kernels.triton.tiling import (
+    KV_TILE,
+    NEAR_END,
+    NEAR_SPLIT,
+    SPLIT,
+    Launch,
+    Tiling,
+    default_tiling,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EDGES = [1, 16, 63, 64, 65, 129, 150]
-TILING = Tiling(split=64, prefill=Launch(16, 4, 1), decode=Launch(16, 4, 1))
+TILING = Tiling(
+    near_split=64,
+    near_end=128,
+    split=128,
+    prefill=Launch(16, 4, 1),
+    decode=Launch(16, 4, 1),
+    serial=128,
+    serial_from=4,
+)
 VARIANTS = [
     pytest.param({}, id="plain"),
     pytest.param({"window": 1}, id="window-1"),
@@ -242,7 +259,7 @@ def test_decode_and_chunks_equal_prefill(variant, dtype):
     case = served([150], dtype=dtype, **variant)
     (whole,) = case.attend([(0, 0, 150)])
     assert_close(case, 0, whole)
-    for cuts in ([1, 64], [63], [7, 8, 129], [100]):
+    for cuts in ([1, 64], [63], [7, 128, 129], [100]):
         parts = [case.attend([(0, a, b)])[0] for a, b in pairwise([0, *cuts, 150])]
         assert_same_bits(torch.cat(parts), whole, cuts)
     for position in [n - 1 for n in EDGES]:
@@ -278,9 +295,40 @@ def test_pages_and_launches_change_no_bit():
         served([150, 70], page_size=128),
         served([150, 70], tiling=taller),
         served([150, 70], tiling=replace(TILING, decode_programs=1)),
+        served([150, 70], tiling=replace(TILING, flat=True)),
     ):
         for a, b in zip(changed.attend(parts, 1), expected, strict=True):
             assert_same_bits(a, b)
+
+
+def test_a_cache_too_large_for_int32_changes_no_bit(monkeypatch):
+    parts = [(0, 149, 150), (1, 0, 70)]
+    expected = served([150, 70]).attend(parts, 1)
+
+    def wide(*arguments):
+        return tiling.kernel_arguments(*arguments) | {"WIDE": True}
+
+    monkeypatch.setattr(decode, "kernel_arguments", wide)
+    monkeypatch.setattr(prefill, "kernel_arguments", wide)
+    for a, b in zip(served([150, 70]).attend(parts, 1), expected, strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("variant", [{}, {"window": 40}, {"window": 100, "cap": 3.0}])
+@pytest.mark.parametrize("programs", [1, 1 << 12])
+def test_the_splits_that_one_program_walks_change_no_bit(variant, programs):
+    lengths = [150, 64, 65, 128, 129, 256]
+    parts = [(b, n - 1, n) for b, n in enumerate(lengths)]
+    prefilled = served(lengths, **variant)
+    expected = [prefilled.attend([(b, 0, n)])[0][-1:] for b, n in enumerate(lengths)]
+    for serial in (0, 64, 128, 256):
+        tiling = replace(TILING, serial=serial, serial_from=1, decode_programs=programs)
+        case = served(lengths, tiling=tiling, **variant)
+        plan = case.backend.plan(case.batch(parts, len(parts)))
+        assert plan.partials is not None
+        assert plan.partials.acc.shape[1] == {0: 3, 64: 3, 128: 2, 256: 0}[serial]
+        for a, b in zip(case.attend(parts, len(parts)), expected, strict=True):
+            assert_same_bits(a, b, serial)
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the padding's queries
@@ -290,12 +338,26 @@ def test_the_grid_of_a_graph_changes_no_bit(variant):
     parts = [(0, 149, 150), (1, 19, 20), (2, 63, 64)]
     exact = case.attend(parts, 3)
     case.backend.capture(5)
-    for padding in (0, 2):
+    for padding, slots, serial in ((0, 3, 1), (2, 2, 2)):
         plan = case.backend.plan(case.batch(parts, 3, padding))
         assert plan.partials is not None
-        assert plan.partials.acc.shape[:2] == (5, 4)
+        assert plan.partials.acc.shape[:2] == (3 + padding, slots)
+        assert plan.partials.serial == serial
         for a, b in zip(case.attend(parts, 3, padding), exact, strict=True):
             assert_same_bits(a, b)
+
+
+def test_the_graphs_share_one_workspace():
+    case = served([150] * 5, heads=(2, 1))
+    case.backend.capture(5)
+    plans = [
+        case.backend.plan(case.batch([(b, 149, 150) for b in range(n)], n)) for n in range(1, 6)
+    ]
+    assert len({plan.partials.acc.data_ptr() for plan in plans}) == 1
+    states = [plan.partials.acc.shape[0] * plan.partials.acc.shape[1] for plan in plans]
+    assert states == [3, 6, 9, 8, 10]
+    room = plans[0].partials.acc.untyped_storage().nbytes()
+    assert room == 10 * 2 * (16 + 2) * 4
 
 
 def test_a_step_larger_than_the_graphs_has_a_workspace_of_its_own():
@@ -360,9 +422,17 @@ def test_the_longest_walks_come_first():
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shared_memory", [101376, 166912, 232448])
 def test_tilings_differ_only_in_what_is_free(head_dim, itemsize, shared_memory):
-    tiling = default_tiling(head_dim, itemsize, shared_memory)
-    assert (tiling.kv_tile, tiling.split) == (KV_TILE, SPLIT)
-    assert tiling.split % tiling.kv_tile == 0
+    chosen = default_tiling(head_dim, itemsize, shared_memory)
+    assert (chosen.kv_tile, chosen.near_split) == (KV_TILE, NEAR_SPLIT)
+    assert (chosen.near_end, chosen.split) == (NEAR_END, SPLIT)
+
+
+def test_splits_are_counted_as_the_kernels_count_them():
+    tiling = Tiling(near_split=64, near_end=128, split=128, serial=256)
+    lengths = {1: 1, 64: 1, 65: 2, 128: 2, 129: 3, 256: 3, 257: 4}
+    assert {n: tiling.splits(n) for n in lengths} == lengths
+    assert (tiling.serial_splits(127), tiling.serial_splits(128)) == (1, 3)
+    assert replace(tiling, serial=0).serial_splits(128) == 1
 
 
 def test_what_cannot_be_served_is_refused(monkeypatch):
@@ -388,9 +458,14 @@ def test_what_cannot_be_served_is_refused(monkeypatch):
         )
 
 
-def test_a_split_that_follows_the_batch_is_caught():
-    """Negative control: splits of another size for a larger batch give other bits."""
-    small, large = (served([150, 140], tiling=replace(TILING, split=n)) for n in (64, 128))
-    alone = small.attend([(0, 149, 150)], 1)[0]
-    together = large.attend([(0, 149, 150), (1, 139, 140)], 2)[0]
+@pytest.mark.parametrize(
+    "sizes", [{"near_split": 128}, {"near_end": 0}, {"near_end": 256}], ids=str
+)
+def test_splits_that_follow_the_batch_are_caught(sizes):
+    """Negative control: splits of other sizes for a larger batch give other bits."""
+    small, large = (
+        served([250, 140], tiling=tiling) for tiling in (TILING, replace(TILING, **sizes))
+    )
+    alone = small.attend([(0, 249, 250)], 1)[0]
+    together = large.attend([(0, 249, 250), (1, 139, 140)], 2)[0]
     assert not torch.equal(bits(alone), bits(together))
