@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import re
 import shlex
 import sys
@@ -134,6 +135,40 @@ def mutants() -> str:
     return _table(("mutant", "what is wrong", "seen", "caught by"), rows)
 
 
+def gpu_throughput() -> str:
+    """A recorded run of ``isobit bench throughput --compare``, both engines side by side."""
+    path = ROOT / "benchmarks" / "results" / "h200-qwen3-8b-throughput.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    held, lifted = ([r for r in rows if r["deterministic"] is on] for on in (True, False))
+    return _table(
+        (
+            "requests x input → output",
+            "seconds, held",
+            "lifted",
+            "ms a token, held",
+            "lifted",
+            "share of the limit, held",
+            "device idle",
+        ),
+        [
+            (
+                f"{a['requests']} x {a['input_len']:,} → {a['output_len']}",
+                f"{a['seconds']:.2f}",
+                f"{b['seconds']:.2f}",
+                _milliseconds(a),
+                _milliseconds(b),
+                f"{a['share_of_limit']:.0%}",
+                f"{a['device_idle_share']:.0%}",
+            )
+            for a, b in zip(held, lifted, strict=True)
+        ],
+    )
+
+
+def _milliseconds(row: dict[str, Any]) -> str:
+    return f"{row['inter_token_ms']:.2f}" if row["output_len"] > 1 else "-"
+
+
 def fields_of(cls: type) -> Callable[[], str]:
     """A part: the fields of a dataclass, their meaning taken from its docstring."""
 
@@ -199,6 +234,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "checks": checks,
     "features": features,
     "mutants": mutants,
+    "gpu-throughput": gpu_throughput,
 }
 
 
