@@ -27,6 +27,9 @@ class Sequence(NamedTuple):
     v: Tensor
 
 
+OPTIONS = {"load_format": "random", "device": "cpu", "attention_backend": "minimal"}
+
+
 def sequence(length: int) -> Sequence:
     generator = torch.Generator().manual_seed(length)
     heads = (HEADS[0], HEADS[1], HEADS[1])
@@ -134,11 +137,11 @@ def test_a_prompt_of_8000_tokens():
 
 
 def engine(**options) -> LLM:
-    return LLM("tiny-llama", load_format="random", attention_backend="minimal", **options)
+    return LLM("tiny-llama", **OPTIONS, **options)
 
 
 def test_the_engine_serves_and_the_proofs_hold():
-    options = {"model": "tiny-llama", "load_format": "random", "attention_backend": "minimal"}
+    options = {"model": "tiny-llama", **OPTIONS}
     with LLM(**options) as llm:
         vocab = llm.engine.vocab_size
         cases = make_cases(
