@@ -19,15 +19,13 @@ from isobit.verify.restart import RestartSpec
 from isobit.verify.workload import make_cases
 
 PAGE, HEADS, DIM = 16, (6, 2), 32
+OPTIONS = {"load_format": "random", "device": "cpu", "attention_backend": "minimal"}
 
 
 class Sequence(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-
-
-OPTIONS = {"load_format": "random", "device": "cpu", "attention_backend": "minimal"}
 
 
 def sequence(length: int) -> Sequence:
