@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,30 +11,23 @@ from ...backends.capabilities import BackendSpec
 from ...backends.matrix import load_factory
 from ...backends.rules import missing_distributions
 from ...errors import ConfigError
-from ..discovery import Candidate
 from ..manager import PluginHost
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A backend as it was found.
-
-    candidates: what a ``PluginHost`` loads to find it again; ``None`` for the installed plugins
-    """
+    """A backend as it was found, and the host that found it: an engine asks the same one."""
 
     spec: BackendSpec
     factory: type[AttentionBackend]
     distribution: str
     version: str
-    candidates: Sequence[Candidate] | None = None
+    host: PluginHost
 
 
-def find_subject(
-    name: str, host: PluginHost, candidates: Sequence[Candidate] | None = None
-) -> Subject:
+def find_subject(name: str, host: PluginHost) -> Subject:
     """The backend ``name`` of ``host``, its class imported.
 
-    :param candidates: what ``host`` was made from, where that is not the installed plugins.
     :raises ConfigError: there is none, or it cannot be imported; with the reason.
     """
     found = host.require(name)
@@ -44,7 +36,7 @@ def find_subject(
         remedy = found.spec.install or "install them"
         raise ConfigError(f"backend {name!r} requires {', '.join(missing)}. To mend it: {remedy}")
     factory = load_factory(found.spec)
-    return Subject(found.spec, factory, found.distribution, found.version, candidates)
+    return Subject(found.spec, factory, found.distribution, found.version, host)
 
 
 def choose_device(spec: BackendSpec, device: str | None = None) -> str:

@@ -84,6 +84,18 @@ def test_a_wrong_backend_fails_with_a_program(site) -> None:
     assert "query head" in again.stderr
 
 
+def test_the_engine_check_asks_the_host_that_found_the_backend(site, backend_source) -> None:
+    """A rival of the same name is disabled, for the engine of the check too."""
+    site.plugin("rival", backend_source("torch"))
+    program = "from isobit.cli.main import main; main()"
+    judged = ("test", "torch", "--quick", "--check", "engine", "--device", "cpu")
+    contested = site.python(program, "plugins", *judged)
+    assert contested.returncode == 2
+    assert "rival-dist" in contested.stderr
+    done = site.python(program, "plugins", "--no-plugin", "rival", *judged)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_backend_that_runs_here_is_proved(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     done = isobit("backends", "--prove", "--quick", "--json", "--report", str(page))

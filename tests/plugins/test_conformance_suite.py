@@ -35,6 +35,7 @@ from isobit.plugins.conformance.suite import run_check
 from isobit.plugins.conformance.text import proof_table, verdict
 from isobit.plugins.conformance.values import KINDS, all_rows
 from isobit.plugins.conformance.waivers import parse_waivers
+from isobit.plugins.manager import PluginHost
 
 CPU = torch.device("cpu")
 
@@ -137,7 +138,7 @@ def spec(**changes: object) -> BackendSpec:
 
 
 def context(**changes: object) -> Context:
-    subject = Subject(spec(**changes), RightAttention, "any-dist", "1.0")
+    subject = Subject(spec(**changes), RightAttention, "any-dist", "1.0", PluginHost())
     return Context(subject, Corners(subject.spec, "cpu", True), Judge(RightAttention))
 
 

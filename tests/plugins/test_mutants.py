@@ -31,7 +31,7 @@ def context_of() -> MakeContext:
     host = PluginHost(candidates=found, strict_plugins=True)
 
     def make(name: str) -> Context:
-        return make_context(find_subject(name, host, found), DEVICE, quick=True)
+        return make_context(find_subject(name, host), DEVICE, quick=True)
 
     return make
 

@@ -34,7 +34,6 @@ def _engine(context: Context) -> Iterator[Finding]:
     from ....core.config import EngineConfig
     from ....core.startup import start_engine
     from ....verify.judge import judge_all
-    from ...manager import PluginHost
 
     corners, subject = context.corners, context.subject
     with tempfile.TemporaryDirectory() as folder:
@@ -50,7 +49,7 @@ def _engine(context: Context) -> Iterator[Finding]:
             kv_cache_memory=_KV_BYTES,
         )
         try:
-            engine, _ = start_engine(config, PluginHost(candidates=subject.candidates))
+            engine, _ = start_engine(config, subject.host)
             for verdict in judge_all(engine, _cases(engine, corners), None):
                 cells = _declared(verdict.invariance, corners)
                 if cells and verdict.skipped is None:
