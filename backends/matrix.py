@@ -163,10 +163,10 @@ def _select_auto(
     for name in _auto_names(host):
         if name in usable:
             reasons = objections(requirements, usable[name].spec, host, installed=installed)
-            rejected[name] = " ".join(map(str, reasons)) or _broken(probe, usable[name].spec)
-            if not rejected[name]:
-                del rejected[name]
+            objection = " ".join(map(str, reasons)) or _broken(probe, usable[name].spec)
+            if not objection:
                 return _selection(usable[name], requirements, rejected)
+            rejected[name] = objection
         elif (reason := host.unavailable(name)) is not None:
             rejected[name] = f"{reason}."
     tried = "".join(f"\n- {name}: {reason}" for name, reason in rejected.items())

@@ -91,10 +91,11 @@ def _requirements(kwargs: dict[str, Any]) -> Any:
 
 
 def _taken(name: str, requirements: Any, host: Any) -> str:
-    from ..backends.matrix import select_backend
+    from ..backends.matrix import load_factory, select_backend
     from ..errors import ConfigError
 
     try:
-        return f"taken: {select_backend(name, requirements, host).spec.name}"
+        selection = select_backend(name, requirements, host, probe=load_factory)
+        return f"taken: {selection.spec.name}"
     except ConfigError as error:
         return f"none is taken: {error}"
