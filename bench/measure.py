@@ -61,7 +61,7 @@ class Measurement:
             "time_to_first_token_max_ms": 1e3 * max(self.firsts),
             "inter_token_ms": 1e3 * median(self.gaps) if self.gaps else None,
             "inter_token_p99_ms": 1e3 * percentile(self.gaps, 99) if self.gaps else None,
-            "steps": len(self.steps.total) // runs,
+            "steps": len(self.steps.shapes) // runs,
             "preemptions": self.preemptions // runs,
             "host_ms_per_step": 1e3 * median(self.steps.host),
             "device_idle_share": 1 - device / sum(self.runs) if self.steps.device else None,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..core.engine import Engine
 
 _PREFIX = "isobit:"
-_STEP, _EXECUTE = "step", "execute"
+_STEP, _LAUNCH = "step", "launch"
 _LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 _KERNELS = {"rms_norm": "norm", "add_rms_norm": "norm", "rope_qkv": "rope", "silu_mul": "act"}
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
@@ -85,11 +85,11 @@ def profile_steps(engine: Engine, run: Callable[[], object]) -> StepProfile:
 
 @contextmanager
 def op_ranges(engine: Engine) -> Iterator[None]:
-    """Around every op, step and execution a range for the profiler, until the block is left."""
+    """Around every op, step and launch a range for the profiler, until the block is left."""
     runner, decoder = engine.runner, engine.runner.decoder
     around: list[tuple[object, str, str]] = [
         (engine, "step", _STEP),
-        (runner, "execute", _EXECUTE),
+        (runner, "launch", _LAUNCH),
         (runner.backend, "run", "attention"),
         (decoder, "logits", "lm_head"),
         *((layer, name, name) for layer in decoder.layers for name in _LINEARS),
@@ -119,8 +119,8 @@ def read_trace(events: Sequence[Mapping[str, Any]], *, cuda: bool) -> StepProfil
     if not steps:
         raise EngineError("fewer than two steps were profiled. Take more.")
     ranges = [each for each in ranges if each.begin >= steps[0].begin]
-    ops = [each for each in ranges if each.op not in (_STEP, _EXECUTE)]
-    ops = sorted(ops + _sampling([each for each in ranges if each.op == _EXECUTE], ops))
+    ops = [each for each in ranges if each.op not in (_STEP, _LAUNCH)]
+    ops = sorted(ops + _sampling([each for each in ranges if each.op == _LAUNCH], ops))
     times = {each.op: OpTime(launches=0 if cuda else None) for each in ops}
     for each in ops:
         times[each.op].calls += 1

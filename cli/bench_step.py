@@ -107,18 +107,19 @@ def step(
 
 
 def _fitted(kwargs: dict[str, Any], kind: StepKind, steps: int) -> dict[str, Any]:
-    """The engine's options with room for the step, and no graphs, as they hide the ops."""
+    """The engine's options with room for the step, and no graphs or steps ahead: they hide ops."""
     from ..bench.one_step import steps_needed
     from ..bench.steady import max_model_len
 
-    if kwargs["cuda_graph"] is True:
-        raise click.UsageError(
-            "--cuda-graph was given, but a step is taken apart without graphs. Leave it out; "
-            "isobit bench throughput measures with them."
-        )
-    kwargs["cuda_graph"] = False
+    for name, without in (("cuda_graph", "graphs"), ("async_scheduling", "steps ahead")):
+        if kwargs[name] is True:
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} was given, but a step is taken apart without "
+                f"{without}. Leave it out; isobit bench throughput measures with them."
+            )
+        kwargs[name] = False
     kwargs["max_num_seqs"] = max(kwargs["max_num_seqs"], kind.batch)
-    budget = max(kwargs["max_num_batched_tokens"], kind.batch * kind.tokens)
+    budget = max(kwargs["max_num_batched_tokens"] or 2048, kind.batch * kind.tokens)
     kwargs["max_num_batched_tokens"] = budget
     if kwargs["max_model_len"] is None:
         kwargs["max_model_len"] = max_model_len(kind, steps_needed(steps), budget)

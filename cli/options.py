@@ -31,7 +31,7 @@ _PLAIN = (
     "disable_plugins",
     "strict_plugins",
 )
-_TOGGLES = ("chunked_prefill", "radix_cache", "cuda_graph")
+_TOGGLES = ("chunked_prefill", "radix_cache", "cuda_graph", "async_scheduling")
 
 
 def toggle(name: str, meaning: str) -> Callable[[F], F]:
@@ -77,7 +77,12 @@ def engine_options(function: F) -> F:
         ),
         click.option("--sampling-seed", type=int, default=42, show_default=True),
         click.option("--max-num-seqs", type=int, default=256, show_default=True),
-        click.option("--max-num-batched-tokens", type=int, default=2048, show_default=True),
+        click.option(
+            "--max-num-batched-tokens",
+            type=int,
+            default=None,
+            help="Default: 8192 on CUDA, 2048 on the CPU.",
+        ),
         click.option("--max-model-len", type=int, default=None, help="Default: the model's."),
         click.option("--page-size", type=int, default=16, show_default=True),
         click.option("--kv-cache-memory", default=None, help="Such as 2GiB. Default: chosen."),
@@ -91,6 +96,7 @@ def engine_options(function: F) -> F:
         toggle("chunked_prefill", "Compute long prompts in several steps."),
         toggle("radix_cache", "Reuse prefixes of earlier requests."),
         toggle("cuda_graph", "Capture and replay CUDA graphs."),
+        toggle("async_scheduling", "Launch a step before the last one's results are known."),
         click.option(
             "--cuda-graph-max-bs",
             type=int,

@@ -19,6 +19,7 @@ class SchedulerConfig:
     chunked_prefill:        a prompt may be computed in several steps
     alignment:              a chunk ends at a multiple of this many tokens, or with the prompt
     decode_equals_prefill:  known outputs may be recomputed by prefill after a preemption
+    steps_ahead:            steps that may be under way when the next one is scheduled, 0 or 1
 
     :raises ConfigError: a limit below 1, or an alignment that no chunk could reach.
     """
@@ -29,11 +30,14 @@ class SchedulerConfig:
     chunked_prefill: bool = True
     alignment: int = 1
     decode_equals_prefill: bool = True
+    steps_ahead: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "alignment"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} was {getattr(self, name)}; wanted at least 1.")
+        if self.steps_ahead not in (0, 1):
+            raise ConfigError(f"steps_ahead was {self.steps_ahead}; wanted 0 or 1.")
         if self.chunked_prefill and self.alignment > self.max_num_batched_tokens:
             raise ConfigError(
                 f"max_num_batched_tokens was {self.max_num_batched_tokens}, but chunks end at "

@@ -34,7 +34,8 @@ class EngineConfig:
         device.
     :param sampling_seed: the seed of requests that bring none.
     :param max_num_seqs: requests in one step at most.
-    :param max_num_batched_tokens: tokens in one step at most (the chunked-prefill budget).
+    :param max_num_batched_tokens: tokens in one step at most (the chunked-prefill budget); ``None``
+        takes 8192 on CUDA and 2048 on the CPU.
     :param max_model_len: prompt plus output at most; ``None`` takes the model's own limit.
     :param page_size: tokens in a KV page, 1 to 256.
     :param kv_cache_memory: bytes for the KV cache, or a string such as ``"2GiB"``; ``None`` takes
@@ -46,6 +47,8 @@ class EngineConfig:
     :param chunked_prefill: compute long prompts in several steps, mixed with decoding.
     :param radix_cache: reuse prefixes of earlier requests.
     :param cuda_graph: capture decode steps as CUDA graphs at start-up, and replay them.
+    :param async_scheduling: launch each step before the results of the last are known; a request's
+        end is then found one step late, and the row too many is dropped. ``"auto"``: on CUDA.
     :param cuda_graph_max_bs: largest number of requests in a captured step; larger ones run as
         they do without graphs.
     :param load_format: ``"auto"`` (safetensors) or ``"random"`` (from a config alone).
@@ -65,7 +68,7 @@ class EngineConfig:
     device: str = "auto"
     sampling_seed: int = 42
     max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int | None = None
     max_model_len: int | None = None
     page_size: int = 16
     kv_cache_memory: int | str | None = None
@@ -73,6 +76,7 @@ class EngineConfig:
     chunked_prefill: Toggle = "auto"
     radix_cache: Toggle = "auto"
     cuda_graph: Toggle = "auto"
+    async_scheduling: Toggle = "auto"
     cuda_graph_max_bs: int = 256
     load_format: str = "auto"
     load_seed: int = 0
@@ -93,17 +97,18 @@ class EngineConfig:
         _one_of("device", self.device, ("auto", *DEVICES))
         _one_of("load_format", self.load_format, ("auto", "random"))
         _one_of("kernels", self.kernels, ("auto", "native", "torch", "triton", "library"))
-        for name in ("chunked_prefill", "radix_cache", "cuda_graph"):
+        for name in ("chunked_prefill", "radix_cache", "cuda_graph", "async_scheduling"):
             _one_of(name, getattr(self, name), (True, False, "auto"))
         for name, low, high in (
             ("max_num_seqs", 1, 2**16),
-            ("max_num_batched_tokens", 1, 2**20),
             ("page_size", 1, 256),
             ("cuda_graph_max_bs", 1, 2**16),
             ("sampling_seed", -(2**63), 2**63 - 1),
             ("load_seed", -(2**63), 2**63 - 1),
         ):
             _in_range(name, getattr(self, name), low, high)
+        if self.max_num_batched_tokens is not None:
+            _in_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
         if self.max_model_len is not None:
             _in_range("max_model_len", self.max_model_len, 2, 2**24)
         if self.kv_cache_memory is not None:
@@ -118,6 +123,17 @@ class EngineConfig:
                 "kernels='library' was asked for together with deterministic=True, but torch's "
                 "default kernels keep no contract. Pass deterministic=False, or kernels='auto'."
             )
+
+    def token_budget(self, device: str) -> int:
+        """``max_num_batched_tokens`` on a type of device."""
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return 8192 if device == "cuda" else 2048
+
+    def steps_ahead(self, device: str) -> int:
+        """How many steps may be under way when the next one is scheduled."""
+        chosen = self.async_scheduling
+        return int(device == "cuda" if chosen == "auto" else chosen)
 
 
 def parse_memory(value: int | str) -> int:

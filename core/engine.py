@@ -1,20 +1,28 @@
-"""The engine: requests in, one step at a time, chunks of text and tokens out."""
+"""The engine: requests in, one step at a time, chunks of text and tokens out.
+
+With ``steps_ahead`` the host does not wait for a step before it launches the next: a call of
+``step`` launches one and records the one before it, whose results are there by then.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError, EngineError, LogitsProcessorError, RequestError
 from ..sampling.detokenizer import Detokenizer
 from ..sampling.params import SamplingParams
+from ..sampling.rows import needs_tokens
 from ..sampling.sampler import SampledRow
 from ..sampling.stopping import Finish, FinishReason
+from .launched import Launched, SeqResult
 from .outputs import RequestOutput, StreamChunk
 from .progress import Choice, Group
 from .request import Request
-from .runner import Runner, SeqResult
+from .runner import Runner
 from .scheduler import Scheduler
 from .stats import Stats
 from .step import Step
@@ -23,10 +31,10 @@ from .step import Step
 class Engine:
     """Drives scheduler and runner; knows which choices belong to which request.
 
-    A step is ``schedule`` (host), ``execute`` (device), ``record`` (host). One that raises in
-    ``execute``, be it Ctrl-C, is forgotten: its requests are computed again, with the same bits.
-    One that raises elsewhere leaves a state that nobody can trust: every request is dropped. The
-    engine can be used again either way.
+    A step is scheduled (host), launched (device), read (the host waits) and recorded (host). Where
+    launching or reading raises, be it Ctrl-C, the steps under way are forgotten: their requests
+    are computed again, with the same bits. An error elsewhere leaves a state that nobody can trust:
+    every request is dropped. The engine can be used again either way.
 
     One thread at a time: ``AsyncLLM`` gives a whole service one engine.
     """
@@ -41,6 +49,8 @@ class Engine:
         self.stepping = False
         self.drops = 0  # how often requests went without being finished
         self._groups: dict[str, Group] = {}
+        self._under_way: deque[Launched] = deque()  # oldest first
+        self._changing = False  # whether the scheduler's state is in the middle of a change
 
     @property
     def vocab_size(self) -> int:
@@ -104,10 +114,13 @@ class Engine:
     def step(self, token_budget: int | None = None) -> list[StreamChunk]:
         """Run one step; the chunks of every choice that got a token or only scored its prompt.
 
+        With ``steps_ahead`` they are those of an earlier step, and there may be none.
+
         :param token_budget: tokens in this step at most, instead of ``max_num_batched_tokens``.
         :raises LogitsProcessorError: a request's own processor failed; that request has ended.
         :raises BackendError: the backend raised; every request goes on with the next step.
-        :raises EngineError: called within a step, or from a second thread.
+        :raises EngineError: called within a step, or from a second thread; or the model gave no
+            usable logits.
         """
         if self.stepping:
             raise EngineError(
@@ -115,14 +128,10 @@ class Engine:
                 "thread. Use one thread, or AsyncLLM."
             )
         self.stepping = True
-        step: Step | None = None
-        results: list[SeqResult] | None = None
         try:
-            step = self.scheduler.schedule(token_budget)
-            results = self.runner.execute(step) if step.seqs else []
-            return self._record(step, results)
+            return self._step(token_budget)
         except BaseException as error:
-            self._recover(step, results, error)
+            self._recover(error)
             raise
         finally:
             self.stepping = False
@@ -194,36 +203,78 @@ class Engine:
             raise
         self._groups[group.request_id] = group
 
+    def _step(self, token_budget: int | None) -> list[StreamChunk]:
+        if self._under_way and self._wants_tokens():
+            return self._collect()
+        with self._change():
+            step = self.scheduler.schedule(token_budget)
+        if step.seqs:
+            self._under_way.append(self.runner.launch(step))
+        chunks: list[StreamChunk] = []
+        while len(self._under_way) > (self.scheduler.config.steps_ahead if step.seqs else 0):
+            chunks += self._collect()
+        return chunks
+
+    def _wants_tokens(self) -> bool:
+        """Whether a running request's next token depends on what only the host can compute."""
+        return any(needs_tokens(request.params) for request in self.scheduler.running)
+
+    def _collect(self) -> list[StreamChunk]:
+        """Wait for the oldest step under way and record it."""
+        launched = self._under_way[0]
+        results = self.runner.read(launched)
+        with self._change():
+            self._under_way.popleft()
+            chunks = self._record(launched.step, results)
+        if not self._groups:  # what is left under way is for nobody
+            self._forget()
+        return chunks
+
     def _record(self, step: Step, results: list[SeqResult]) -> list[StreamChunk]:
         tokens = [result.sampled.token_id for result in results if result.sampled is not None]
-        self.scheduler.complete(step, tokens)
+        counts = self.scheduler.complete(step, tokens)
         chunks: list[StreamChunk] = []
-        for seq, result in zip(step.seqs, results, strict=True):
-            group = self._groups.get(seq.request.group_id)
-            if group is None:  # aborted meanwhile
+        for seq, result, still in zip(step.seqs, results, counts, strict=True):
+            if not still:
                 continue
-            choice = group.choices[seq.request.choice]
+            request = seq.request
+            group = self._groups[request.group_id]
+            choice = group.choices[request.choice]
             group.prompt_rows.update(result.prompt_rows)
             if result.sampled is not None:
                 chunks.append(self._advance(group, choice, result.sampled))
-            elif seq.start + seq.num_tokens == seq.request.num_tokens:
+            elif seq.stop == request.num_tokens:
                 chunks.append(self._chunk(group, choice, (), "", Finish(FinishReason.LENGTH)))
         return chunks
 
-    def _recover(
-        self, step: Step | None, results: list[SeqResult] | None, error: BaseException
-    ) -> None:
-        """Make the engine usable after an error in ``step``, or in choosing it (None)."""
-        if step is None and isinstance(error, ConfigError):
-            return  # a wrong token_budget: nothing was begun
-        if step is None or results is not None:
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        """What raises in here leaves the scheduler's state half changed, a ConfigError apart."""
+        self._changing = True
+        try:
+            yield
+        except ConfigError:  # a wrong token_budget: nothing was begun
+            self._changing = False
+            raise
+        self._changing = False
+
+    def _recover(self, error: BaseException) -> None:
+        """Make the engine usable after an error in ``step``."""
+        if self._changing:
             self._groups.clear()
             self.drops += 1
             self.scheduler.reset()
-            return
-        self.scheduler.cancel(step)
+            self._under_way.clear()
+            self._changing = False
+        elif not isinstance(error, ConfigError):
+            self._forget()
         if isinstance(error, LogitsProcessorError):
             self.abort(error.request_id)
+
+    def _forget(self) -> None:
+        """Give up the steps under way."""
+        self._under_way.clear()
+        self.scheduler.cancel()
 
     def _advance(self, group: Group, choice: Choice, sampled: SampledRow) -> StreamChunk:
         """Take a sampled token into its choice: text, logprobs, and whether it ends."""

@@ -21,12 +21,12 @@ _ALIGNMENT = 256  # bytes
 def pack(
     seqs: Sequence[ScheduledSeq], page_size: int, device: torch.device, padding: int = 0
 ) -> Batch:
-    """The batch of a step.
+    """The batch of a step; a token that the host does not know yet is 0.
 
     :param padding: sequences on the null page to add, as ``Batch`` describes them; only where
         every sequence is in its decode phase.
     """
-    spans = [range(seq.start, seq.start + seq.num_tokens) for seq in seqs]
+    spans = [range(seq.start, seq.stop) for seq in seqs]
     tokens = [t for s, r in zip(seqs, spans, strict=True) for t in _tokens(s, r)]
     slots = [x for s, r in zip(seqs, spans, strict=True) for x in _slots(s, r, page_size)]
     fill = [0] * padding
@@ -67,7 +67,8 @@ def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -
 
 
 def _tokens(seq: ScheduledSeq, span: range) -> Sequence[int]:
-    return seq.request.token_slice(span.start, span.stop)
+    known = seq.request.token_slice(span.start, span.stop)
+    return [*known, 0] if seq.pending else known
 
 
 def _slots(seq: ScheduledSeq, span: range, page_size: int) -> list[int]:

@@ -54,7 +54,7 @@ class Paging:
         request.page_ids = matched + own
         if self.cache is not None and match is not None:
             request.lock = match.node
-            request.num_computed_tokens = match.num_tokens
+            request.num_computed_tokens = request.num_scheduled_tokens = match.num_tokens
             self.cache.stats.record(match)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
@@ -84,7 +84,10 @@ class Paging:
         request.page_ids[first : first + len(kept)] = kept
 
     def release(self, request: Request) -> None:
-        """Take everything back from ``request``; what it filled stays in the prefix cache."""
+        """Take everything back from ``request``; what it filled stays in the prefix cache.
+
+        Steps under way may still read and write its pages: they do so before any later step does.
+        """
         self.share(request)
         shared = 0
         if self.cache is not None and request.lock is not None:
@@ -93,7 +96,8 @@ class Paging:
         self.pool.free(request.page_ids[shared:])
         request.page_ids = []
         request.lock = None
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_scheduled_tokens = 0
+        request.num_pending_tokens = 0
 
     def check_integrity(self, running: Sequence[Request]) -> None:
         """Check that each page is free, the tree's, or one request's own, and all locks count.
@@ -106,7 +110,7 @@ class Paging:
             path = [node.page for node in request.lock.path()][::-1] if request.lock else []
             if request.page_ids[: len(path)] != path:
                 raise EngineError(f"{request.request_id}: its pages are not those it has locked")
-            if self.pool.pages_for(request.num_computed_tokens) > len(request.page_ids):
+            if self.pool.pages_for(request.num_scheduled_tokens) > len(request.page_ids):
                 raise EngineError(f"{request.request_id}: computed tokens without pages")
             owned += request.page_ids[len(path) :]
         if self.cache is not None:

@@ -22,10 +22,12 @@ class RequestStatus(Enum):
 class Request:
     """One choice of one prompt (``n`` choices are ``n`` requests that share a prompt).
 
-    ``num_computed_tokens`` counts the tokens whose K and V are in the cache; the request's pages,
-    in order, are ``page_ids``. ``num_cached_tokens`` is how many of the prompt's tokens came from
-    the prefix cache at first admission. ``arrival`` orders requests first come, first served; the
-    scheduler gives it out.
+    ``num_computed_tokens`` counts the tokens whose K and V are in the cache, and
+    ``num_scheduled_tokens`` also those that steps under way are computing. ``num_pending_tokens``
+    is how many tokens such steps sample: they count, but the host does not know them yet. The
+    request's pages, in order, are ``page_ids``. ``num_cached_tokens`` is how many of the prompt's
+    tokens came from the prefix cache at first admission. ``arrival`` orders requests first come,
+    first served; the scheduler gives it out.
 
     Tokens below ``prefill_end`` are computed by prefill, those from there on by decoding, one a
     step; it is set at each admission. Of the tokens below ``num_scored_tokens`` no logit row is
@@ -43,6 +45,8 @@ class Request:
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     num_computed_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    num_pending_tokens: int = 0
     num_cached_tokens: int | None = None
     num_scored_tokens: int = 0
     prefill_end: int = 0
@@ -55,8 +59,19 @@ class Request:
         return len(self.prompt_token_ids)
 
     @property
-    def num_tokens(self) -> int:
+    def num_known_tokens(self) -> int:
+        """Tokens of the prompt and those that were read back from the device."""
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that there are, known or pending."""
+        return self.num_known_tokens + self.num_pending_tokens
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Output tokens that there are, known or pending."""
+        return len(self.output_token_ids) + self.num_pending_tokens
 
     @property
     def group_id(self) -> str:
@@ -65,8 +80,8 @@ class Request:
 
     @property
     def decoding(self) -> bool:
-        """Whether the next token to compute is computed by a decode step."""
-        return self.num_computed_tokens >= self.prefill_end
+        """Whether the next token to schedule is computed by a decode step."""
+        return self.num_scheduled_tokens >= self.prefill_end
 
     @property
     def running(self) -> bool:
@@ -76,8 +91,16 @@ class Request:
     def finished(self) -> bool:
         return self.status is RequestStatus.FINISHED
 
+    def is_through(self, max_model_len: int) -> bool:
+        """Whether nothing is left to schedule: its last token is pending, or its last score."""
+        if not self.num_pending_tokens:
+            return self.num_scheduled_tokens == self.num_tokens
+        most = self.params.max_tokens
+        enough = most is not None and self.num_output_tokens >= most
+        return enough or self.num_tokens >= max_model_len
+
     def token_slice(self, start: int, stop: int) -> list[int]:
-        """Tokens ``start … stop - 1`` of prompt and output together."""
+        """Tokens ``start … stop - 1`` of prompt and output together, as far as they are known."""
         prompt = len(self.prompt_token_ids)
         if stop <= prompt:
             return self.prompt_token_ids[start:stop]

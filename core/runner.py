@@ -1,26 +1,27 @@
-"""Runs one scheduled step: tensors in, sampled tokens and logprobs out.
+"""Launches one scheduled step: tensors in, sampled tokens and logprobs on their way out.
 
-The split in ``prepare`` (host), ``forward`` (device) and ``sample`` is the one that captured graphs
-take, and that a host that schedules ahead needs.
+Nothing here waits for the device, so that the next step can be launched while one runs: a token
+that the host does not know yet is taken from where the last step leaves it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backends.base import AttentionBackend, Batch, LayerCache
-from ..errors import BackendError
+from ..errors import BackendError, EngineError
 from ..kernels.kernel_set import KernelSet
 from ..models.decoder import Decoder
-from ..sampling.sampler import SampledRow, SamplingRow, sample, score_prompt
+from ..sampling.sampled import Sampled
+from ..sampling.sampler import SamplingRow, sample, score_prompt
 from .devices import current_device
 from .graphs import DecodeGraphs
+from .launched import Launched, Scored, SeqResult
 from .packing import pack, to_device
 from .request import Request
 from .scheduler import ScheduledSeq, Step
@@ -33,17 +34,6 @@ RowOwners = list[tuple[Request, int]]
 
 Observer = Callable[[str, Tensor, RowOwners], None]
 """Called after every op with its name, its packed rows and who owns them."""
-
-
-@dataclass(slots=True)
-class SeqResult:
-    """What a step found out for one sequence.
-
-    ``prompt_rows`` scores prompt tokens, by position.
-    """
-
-    sampled: SampledRow | None = None
-    prompt_rows: dict[int, SampledRow] = field(default_factory=dict)
 
 
 class Runner:
@@ -76,13 +66,14 @@ class Runner:
         self.backend_name = backend_name
         self.observer: Observer | None = None
         self.graphs: DecodeGraphs | None = None
+        self._last: Launched | None = None
 
     @torch.inference_mode()
-    def execute(self, step: Step) -> list[SeqResult]:
-        """Run the step; one result for each of ``step.seqs``, in order.
+    def launch(self, step: Step) -> Launched:
+        """Start the step; what it samples can be read later.
 
         Nothing but the pages of the step's own new tokens is written, so a step that raises can be
-        forgotten.
+        forgotten. On a CPU the step is computed when this returns.
 
         :raises BackendError: the backend raised an error; it is the cause.
         :raises LogitsProcessorError: a request's own processor failed.
@@ -91,14 +82,32 @@ class Runner:
             batch = self.prepare(step.seqs)
             owners = _row_owners(step.seqs) if self.observer else []
             hidden = self.forward(batch, owners)
-            return self._finish(step.seqs, hidden, owners)
+            self._last = self._finish(step, batch, hidden, owners)
+            return self._last
+
+    def read(self, launched: Launched) -> list[SeqResult]:
+        """What a step found out, for each of its ``seqs``, in order; waits for the device.
+
+        :raises EngineError: logits that are not usable, or no possible token.
+        """
+        seqs = launched.step.seqs
+        results = [SeqResult() for _ in seqs]
+        for scored in launched.scored:
+            results[scored.index].prompt_rows.update(enumerate(scored.rows.read(), scored.position))
+        if launched.sampled is not None:
+            sampling = [result for result, s in zip(results, seqs, strict=True) if s.samples]
+            for result, row in zip(sampling, launched.sampled.read(), strict=True):
+                result.sampled = row
+        return results
 
     def prepare(self, seqs: Sequence[ScheduledSeq]) -> Batch:
         """The packed index tensors of a step, filled up to a captured size where there is one."""
         padding = 0
         if self.graphs is not None and not self.observer and all(seq.is_decode for seq in seqs):
             padding = self.graphs.padding(len(seqs)) or 0
-        return pack(seqs, self.backend.config.page_size, self.device, padding)
+        batch = pack(seqs, self.backend.config.page_size, self.device, padding)
+        self._fill_pending(seqs, batch)
+        return batch
 
     def forward(self, batch: Batch, owners: RowOwners) -> Tensor:
         """Hidden states ``[T, hidden]`` after the final norm; K and V land in the cache.
@@ -124,40 +133,77 @@ class Runner:
 
         return self.decoder.forward(batch.token_ids, batch.positions, attend)
 
+    def _fill_pending(self, seqs: Sequence[ScheduledSeq], batch: Batch) -> None:
+        """Copy the tokens that only the device knows from the last step to this one's rows."""
+        rows, sources = [], []
+        row = -1
+        for seq in seqs:
+            row += seq.num_tokens
+            if seq.pending:
+                rows.append(row)
+                sources.append(self._row_of(seq.request))
+        if rows:
+            tokens = self._last.token_ids if self._last else None
+            if tokens is None:
+                raise EngineError("a token is pending, but the last step sampled none")
+            index = to_device(rows + sources, torch.int64, self.device)
+            batch.token_ids.index_copy_(0, index[: len(rows)], tokens[index[len(rows) :]])
+
+    def _row_of(self, request: Request) -> int:
+        row = self._last.rows.get(request) if self._last else None
+        if row is None:
+            raise EngineError(f"{request.request_id}: its pending token is not the last step's")
+        return row
+
     def _finish(
-        self, seqs: Sequence[ScheduledSeq], hidden: Tensor, owners: RowOwners
-    ) -> list[SeqResult]:
-        results = [SeqResult() for _ in seqs]
-        sampling_rows: list[int] = []
+        self, step: Step, batch: Batch, hidden: Tensor, owners: RowOwners
+    ) -> Launched:
+        scored: list[Scored] = []
+        sampling: list[ScheduledSeq] = []
+        rows: list[int] = []
         row = 0
-        for seq, result in zip(seqs, results, strict=True):
+        for index, seq in enumerate(step.seqs):
             if seq.request.params.prompt_logprobs is not None:
-                result.prompt_rows = self._score(seq, hidden, row - seq.start, owners)
+                scored += self._score(index, seq, hidden, row - seq.start, owners)
             row += seq.num_tokens
             if seq.samples:
-                sampling_rows.append(row - 1)
-        if sampling_rows:
-            self._observe([owners[r] for r in sampling_rows] if owners else [])
-            chosen = to_device(sampling_rows, torch.int64, self.device)
-            logits = self.decoder.logits(hidden[chosen])
-            sampling = [(seq, res) for seq, res in zip(seqs, results, strict=True) if seq.samples]
-            sampled = sample(logits, [self._sampling_row(seq) for seq, _ in sampling], self.kernels)
-            for (_, result), token in zip(sampling, sampled, strict=True):
-                result.sampled = token
-        return results
+                sampling.append(seq)
+                rows.append(row - 1)
+        sampled = self._sample(sampling, rows, batch, hidden, owners) if rows else None
+        places = {seq.request: place for place, seq in enumerate(sampling)}
+        return Launched(step, sampled, places, scored)
+
+    def _sample(
+        self,
+        seqs: Sequence[ScheduledSeq],
+        rows: list[int],
+        batch: Batch,
+        hidden: Tensor,
+        owners: RowOwners,
+    ) -> Sampled:
+        """The next token of each sequence, whose last row is the one of ``rows``."""
+        self._observe([owners[row] for row in rows] if owners else [])
+        index = to_device(rows, torch.int64, self.device)
+        logits = self.decoder.logits(hidden[index])
+        last_tokens = batch.token_ids[index] if any(seq.pending for seq in seqs) else None
+        return sample(logits, [self._sampling_row(s) for s in seqs], self.kernels, last_tokens)
 
     def _score(
-        self, seq: ScheduledSeq, hidden: Tensor, row_of_0: int, owners: RowOwners
-    ) -> dict[int, SampledRow]:
-        """Logprobs of the prompt tokens that this chunk's rows predict, by position.
+        self,
+        index: int,
+        seq: ScheduledSeq,
+        hidden: Tensor,
+        row_of_0: int,
+        owners: RowOwners,
+    ) -> Iterator[Scored]:
+        """Logprobs of the prompt tokens that this chunk's rows predict.
 
         The row of position ``p`` is ``row_of_0 + p``; it predicts the token at ``p + 1``.
         """
         request = seq.request
         wanted = request.params.prompt_logprobs or 0
-        scored: dict[int, SampledRow] = {}
         first = max(seq.start, request.num_scored_tokens)
-        last = min(seq.start + seq.num_tokens, request.num_prompt_tokens - 1)
+        last = min(seq.stop, request.num_prompt_tokens - 1)
         for begin in range(first, last, _LOGITS_ROWS):
             end = min(begin + _LOGITS_ROWS, last)
             rows = slice(row_of_0 + begin, row_of_0 + end)
@@ -165,8 +211,7 @@ class Runner:
             self._observe(owners[rows])
             logits = self.decoder.logits(hidden[rows])
             reports = score_prompt(logits, targets, [wanted] * len(targets), self.kernels)
-            scored.update(enumerate(reports, begin + 1))
-        return scored
+            yield Scored(index, begin + 1, reports)
 
     def _sampling_row(self, seq: ScheduledSeq) -> SamplingRow:
         request = seq.request
@@ -175,11 +220,12 @@ class Runner:
             params=request.params,
             seed=self.sampling_seed if seed is None else seed,
             choice=request.choice,
-            position=request.num_tokens,
+            position=seq.stop,
             prompt_token_ids=request.prompt_token_ids,
             output_token_ids=request.output_token_ids,
             eos_token_ids=self.eos_token_ids,
             request_id=request.group_id,
+            pending=seq.pending,
         )
 
     @contextmanager

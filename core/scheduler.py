@@ -4,11 +4,16 @@ Nothing here touches a tensor, and nothing decided here can change a request's b
 only which tokens are computed when, and the contracts of kernels and backends do the rest. Where
 a backend's promise is weaker, so is what the scheduler does: cuts fall on ``alignment``, and
 outputs that decoding computed are recomputed by decoding.
+
+Steps may be scheduled ahead of results (``steps_ahead``): a sampled token then counts as *pending*
+until its step is complete. That a request has stopped is found out when it already has a row in
+the next step, which counts for nothing.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Sequence
 from heapq import heappop, heappush
 
@@ -28,9 +33,10 @@ __all__ = ["ScheduledSeq", "Scheduler", "SchedulerConfig", "SchedulerStats", "St
 class Scheduler:
     """Running and waiting requests, first come first served.
 
-    Call ``schedule``, compute the step, call ``complete`` (or ``cancel``), then ``finish`` what has
-    ended, and so on in turn; a request that only scores ends with its prompt. ``abort`` and
-    ``preempt`` may come at any time: a step's token for a request that no longer runs is dropped.
+    Call ``schedule``, compute the step, call ``complete``, then ``finish`` what has ended, and so
+    on in turn, or with ``steps_ahead`` further calls of ``schedule`` before each ``complete``; a
+    request that only scores ends with its prompt. ``abort`` and ``preempt`` may come at any time: a
+    step's token for a request that no longer runs, or runs anew, is dropped.
     """
 
     def __init__(
@@ -47,7 +53,7 @@ class Scheduler:
         # reach its head, so that an abort need not search.
         self._waiting: list[tuple[int, Request]] = []
         self._arrivals = 0
-        self._in_flight = False
+        self._under_way: deque[Step] = deque()  # scheduled, not complete; oldest first
 
     @property
     def num_running(self) -> int:
@@ -81,12 +87,13 @@ class Scheduler:
 
         Running requests come first, oldest first: each decode gets its token, then prefills
         share what is left. Waiting ones are admitted in order of arrival while seats, tokens and
-        pages last; none overtakes another. A step may be empty only under a ``token_budget``.
+        pages last; none overtakes another. A step may be empty under a ``token_budget``, or while
+        others are under way.
 
         :param token_budget: tokens in this step at most, instead of ``max_num_batched_tokens``.
-        :raises EngineError: the last step is not complete.
+        :raises EngineError: too many steps are not complete.
         """
-        if self._in_flight:
+        if len(self._under_way) > self.config.steps_ahead:
             raise EngineError("schedule() was called before complete() of the last step")
         budget = self.config.max_num_batched_tokens if token_budget is None else token_budget
         if not isinstance(budget, int) or budget < 1:
@@ -101,43 +108,47 @@ class Scheduler:
         step.seqs.sort(key=lambda seq: not seq.is_decode)  # stable: arrival within each kind
         self.stats.steps += 1
         self.stats.tokens_scheduled += step.num_tokens
-        self._in_flight = bool(step.seqs)
+        if step.seqs:
+            self._under_way.append(step)
         return step
 
-    def complete(self, step: Step, sampled: Sequence[int]) -> list[Request]:
-        """Record that ``step`` was computed; the requests that got a token, in order.
+    def complete(self, step: Step, sampled: Sequence[int]) -> list[bool]:
+        """Record that ``step`` was computed; for each of its sequences, whether it still counts.
 
         :param sampled: one token for each of the step's sequences with ``samples``, in order.
-        :raises EngineError: the number of tokens is another.
+        :raises EngineError: it is not the oldest step under way, or the number of tokens is wrong.
         """
+        if not self._under_way or self._under_way[0] is not step:
+            raise EngineError("complete() was called with another step than the oldest under way")
         if len(sampled) != sum(seq.samples for seq in step.seqs):
             raise EngineError(f"{len(sampled)} tokens do not fit the step's sampling sequences")
-        self._in_flight = False
+        self._under_way.popleft()
         tokens = iter(sampled)
-        advanced: list[Request] = []
-        for seq in step.seqs:
+        counts = [seq.counts for seq in step.seqs]  # False: ended or preempted meanwhile
+        for seq, still in zip(step.seqs, counts, strict=True):
             token = next(tokens) if seq.samples else None
-            request = seq.request
-            if not request.running:  # aborted or preempted meanwhile
+            if not still:
                 continue
-            request.num_computed_tokens = seq.start + seq.num_tokens
-            request.num_scored_tokens = max(request.num_scored_tokens, request.num_computed_tokens)
+            request = seq.request
+            request.num_computed_tokens = seq.stop
+            request.num_scored_tokens = max(request.num_scored_tokens, seq.stop)
             if not seq.is_decode:
                 self._paging.share(request)
             if token is not None:
+                request.num_pending_tokens -= 1
                 request.output_token_ids.append(token)
-                advanced.append(request)
-        return advanced
+        return counts
 
-    def cancel(self, step: Step) -> None:
-        """Forget a step that was not computed: its requests wait, in order, to be recomputed.
+    def cancel(self) -> None:
+        """Forget the steps under way: their requests wait, in order, to be recomputed.
 
-        Whatever the step wrote lies in pages that nobody counts as computed.
+        Whatever the steps wrote lies in pages that nobody counts as computed.
         """
-        self._in_flight = False
-        for seq in step.seqs:
-            if seq.request.running:
-                self.preempt(seq.request)
+        for step in self._under_way:
+            for seq in step.seqs:
+                if seq.counts:
+                    self.preempt(seq.request)
+        self._under_way.clear()
 
     def reset(self) -> None:
         """Drop every request, page and cached prefix: for when the state cannot be trusted."""
@@ -150,7 +161,7 @@ class Scheduler:
         self._requests = {}
         self._waiting = []
         self.running = []
-        self._in_flight = False
+        self._under_way.clear()
 
     def finish(
         self, request: Request, reason: FinishReason, stop_reason: int | str | None = None
@@ -208,12 +219,13 @@ class Scheduler:
         Where pages run out, the youngest goes: never one that this step already serves, as those
         are older. At most one prefill is under way, as a cut one lets nobody in.
         """
-        decodes = sum(request.decoding for request in self.running)
+        wanting = [request for request in self.running if not request.is_through(self.config.max_model_len)]
+        decodes = sum(request.decoding for request in wanting)
         all_served = True
-        for request in list(self.running):
+        for request in wanting:
             if not request.running:
                 return False  # preempted for an older one, as all after it
-            start = request.num_computed_tokens
+            start = request.num_scheduled_tokens
             left = budget - (step.num_tokens if request.decoding else decodes)
             num_tokens = self._chunk(request, start, left)
             if num_tokens:
@@ -291,8 +303,14 @@ class Scheduler:
         return max(0, stop - stop % self.config.alignment - start)
 
     def _append(self, step: Step, request: Request, num_tokens: int) -> None:
-        start = request.num_computed_tokens
+        start = request.num_scheduled_tokens
         last = start + num_tokens == request.num_tokens
         samples = last and not request.params.scores_only
-        step.seqs.append(ScheduledSeq(request, start, num_tokens, request.decoding, samples))
+        step.seqs.append(
+            ScheduledSeq(
+                request, start, num_tokens, request.decoding, samples, request.num_preemptions
+            )
+        )
         step.num_tokens += num_tokens
+        request.num_scheduled_tokens += num_tokens
+        request.num_pending_tokens += samples

@@ -35,6 +35,7 @@ from .report import (
     graphs_row,
     promise,
     report_rows,
+    steps_row,
 )
 from .runner import Runner
 from .scheduler import Scheduler, SchedulerConfig
@@ -78,11 +79,12 @@ def _start(
     )
     if selection.features["cuda_graph"].value:
         runner.graphs = _graphs(config, runner)
-    scheduler = _scheduler(config, selection, pages, max_model_len)
+    scheduler = _scheduler(config, selection, pages, max_model_len, device.type)
     parts = fingerprint_parts(config, model, digest, dtype, selection, choice, device)
     fingerprint = fingerprint_of(parts)
     rows = report_rows(config, model, dtype, selection, choice, pages, max_model_len, host)
     rows[1:1] = device_rows(config, device, memory, pages * bytes_per_page(backend))
+    rows.append(steps_row(config, device))
     if runner.graphs is not None:
         rows.append(graphs_row(runner.graphs))
     report = StartupReport(
@@ -124,7 +126,7 @@ def _measured(
     """A GPU's memory, with the weights on it; None on the CPU."""
     if device.type != "cuda":
         return None
-    tokens, seqs = config.max_num_batched_tokens, config.max_num_seqs
+    tokens, seqs = config.token_budget(device.type), config.max_num_seqs
     return measure(choice.decoder, choice.kernels, tokens, seqs, device)
 
 
@@ -238,7 +240,7 @@ def _graphs(config: EngineConfig, runner: Runner) -> DecodeGraphs:
 
 
 def _scheduler(
-    config: EngineConfig, selection: Selection, num_pages: int, max_model_len: int
+    config: EngineConfig, selection: Selection, num_pages: int, max_model_len: int, device: str
 ) -> Scheduler:
     capabilities = selection.spec.capabilities
     pool = PagePool(num_pages, config.page_size)
@@ -252,11 +254,12 @@ def _scheduler(
     return Scheduler(
         SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_batched_tokens=config.token_budget(device),
             max_model_len=max_model_len,
             chunked_prefill=selection.features["chunked_prefill"].value,
             alignment=capabilities.alignment if config.deterministic else 1,
             decode_equals_prefill=capabilities.decode_equals_prefill or not config.deterministic,
+            steps_ahead=config.steps_ahead(device),
         ),
         pool,
         RadixCache(pool, policy) if radix else None,

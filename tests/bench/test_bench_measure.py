@@ -33,9 +33,9 @@ def test_every_token_is_counted_once(llm: LLM) -> None:
     assert len(result.firsts) == 3 * 2
     assert len(result.gaps) == 3 * 4 * 2
     assert len(seen) == result.tokens == 3 * 5 * 2
-    assert len(result.steps.total) == len(result.steps.model) == 5 * 2
+    assert len(result.steps.total) == len(result.steps.away) == 5 * 2
     assert all(host > 0 for host in result.steps.host)
-    assert all(model > 0 for model in result.steps.model)
+    assert all(model > 0 for model in result.steps.away)
     assert sum(result.steps.total) <= sum(result.runs)
 
 
@@ -43,7 +43,7 @@ def test_rates_and_medians() -> None:
     result = Measurement(
         Workload(2, 10, 3), [4.0, 1.0, 2.0], [0.5] * 5 + [1.0], [0.25, 0.5, 0.75], 18
     )
-    result.steps.total, result.steps.model = [0.5, 0.25, 1.0], [0.25, 0.125, 0.5]
+    result.steps.total, result.steps.away = [0.5, 0.25, 1.0], [0.25, 0.125, 0.5]
     row = result.row()
     assert row["seconds"] == 2.0
     assert row["output_tokens_per_s"] == 3.0
@@ -101,7 +101,7 @@ def test_timing_changes_neither_the_bits_nor_the_engine(llm: LLM) -> None:
     with timed_steps(llm.engine):
         assert outputs(llm) == before
     for owner in (llm.engine, llm.engine.runner, llm.engine.runner.decoder):
-        assert not {"step", "execute", "forward", "logits"} & vars(owner).keys()
+        assert not {"step", "launch", "read", "forward", "logits"} & vars(owner).keys()
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_time_is_put_down_to_the_one_who_took_it(
     monkeypatch.setattr(target, method, slow)
     result = measure(llm.engine, Workload(1, 4, 3))
     assert all((host >= nap) == is_host for host in result.steps.host)
-    assert all((model >= nap) != is_host for model in result.steps.model)
+    assert all((model >= nap) != is_host for model in result.steps.away)
 
 
 def test_no_global_generator_is_touched(llm: LLM) -> None:

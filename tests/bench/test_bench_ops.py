@@ -98,7 +98,7 @@ def cuda_trace() -> list[dict[str, Any]]:
     for number, begin in enumerate((0, 200)):
         events += [
             event("user_annotation", "isobit:step", begin, 100),
-            event("user_annotation", "isobit:execute", begin + 10, 80),
+            event("user_annotation", "isobit:launch", begin + 10, 80),
             event("user_annotation", "isobit:qkv_proj", begin + 20, 10),
             event("user_annotation", "isobit:attention", begin + 30, 10),
             event("user_annotation", "isobit:qkv_proj", begin + 40, 10),

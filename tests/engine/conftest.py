@@ -138,6 +138,7 @@ class EngineMachine(RuleBasedStateMachine):
                 "max_num_seqs": st.sampled_from((8, 8, 3, 1)),
                 "max_num_batched_tokens": st.sampled_from((64, 16, 5)),
                 "radix_cache": st.sampled_from((True, True, True, False)),
+                "async_scheduling": st.sampled_from((True, True, False)),
             }
         ),
     )

@@ -53,16 +53,16 @@ async def collect(llm: AsyncLLM, prompt: Any, params: SamplingParams, **kw: Any)
 
 
 def failing(llm: AsyncLLM, call: int, error: BaseException) -> None:
-    """Let one step's ``execute`` raise."""
+    """Let one step's ``launch`` raise."""
     runner = llm._llm.engine.runner
-    execute, calls = runner.execute, iter(range(1, 10**6))
+    launch, calls = runner.launch, iter(range(1, 10**6))
 
     def wrapped(step: Any) -> Any:
         if next(calls) == call:
             raise error
-        return execute(step)
+        return launch(step)
 
-    runner.execute = wrapped  # type: ignore[method-assign]
+    runner.launch = wrapped  # type: ignore[method-assign]
 
 
 def test_many_callers_get_the_bits_of_generate(tiny: LLM) -> None:
@@ -105,14 +105,14 @@ def test_the_loop_is_never_blocked_and_signals_are_left_alone() -> None:
 
     async def test(llm: AsyncLLM) -> None:
         runner = llm._llm.engine.runner
-        execute, threads = runner.execute, set()
+        launch, threads = runner.launch, set()
 
         def slow(step: Any) -> Any:
             threads.add(threading.current_thread())
             time.sleep(0.2)
-            return execute(step)
+            return launch(step)
 
-        runner.execute = slow  # type: ignore[method-assign]
+        runner.launch = slow  # type: ignore[method-assign]
         task = asyncio.create_task(collect(llm, [1], SamplingParams(max_tokens=2)))
         ticks = 0
         while not task.done():

@@ -19,9 +19,10 @@ PARAMS = [
 ]
 
 
-@pytest.fixture
-def llm() -> Iterator[LLM]:
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def llm(request: pytest.FixtureRequest) -> Iterator[LLM]:
     options: dict[str, Any] = {"max_num_batched_tokens": 48, "max_model_len": 256}
+    options["async_scheduling"] = request.param
     with LLM("tiny-qwen3", load_format="random", **options) as llm:
         yield llm
 
@@ -50,7 +51,8 @@ def raise_at(
 def target(llm: LLM, where: str) -> tuple[object, str]:
     engine = llm.engine
     return {
-        "execute": (engine.runner, "execute"),
+        "launch": (engine.runner, "launch"),
+        "read": (engine.runner, "read"),
         "run": (engine.runner.backend, "run"),
         "plan": (engine.runner.backend, "plan"),
         "sample": (engine.runner, "_sampling_row"),
@@ -63,7 +65,8 @@ def target(llm: LLM, where: str) -> tuple[object, str]:
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        *(("execute", 1), ("execute", 4), ("execute", 9), ("run", 1), ("run", 8), ("run", 21)),
+        *(("launch", 1), ("launch", 4), ("launch", 9), ("run", 1), ("run", 8), ("run", 21)),
+        *(("read", 1), ("read", 4), ("read", 9)),
         *(("plan", 2), ("sample", 7), ("schedule", 3), ("complete", 6), ("advance", 10)),
     ],
 )
@@ -97,7 +100,7 @@ def test_score_again_after_ctrl_c(llm: LLM, monkeypatch: pytest.MonkeyPatch, cal
     assert [s.top_logprobs for s in scores] == [s.top_logprobs for s in expected]
 
 
-@pytest.mark.parametrize("where", ["execute", "run", "plan", "sample"])
+@pytest.mark.parametrize("where", ["launch", "read", "run", "plan", "sample"])
 @pytest.mark.parametrize("call", [1, 3, 7])
 def test_requests_survive_an_interrupted_step(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str, call: int

@@ -19,9 +19,9 @@ from torch import Tensor
 from isobit.backends.base import Batch
 from isobit.cache.radix import Match, RadixCache
 from isobit.core.engine import Engine
+from isobit.core.launched import Launched, SeqResult
 from isobit.core.request import Request
-from isobit.core.runner import SeqResult
-from isobit.core.scheduler import ScheduledSeq, Step
+from isobit.core.scheduler import ScheduledSeq
 from isobit.errors import EngineError
 from isobit.kernels.kernel_set import Linear
 from isobit.sampling.sampler import SamplingRow
@@ -172,16 +172,16 @@ class _BatchVariantLinear:
 
 def reverses_the_scores_of_a_chunk(engine: Engine) -> None:
     """Prompt logprobs of a chunk come back last first."""
-    execute = engine.runner.execute
+    read = engine.runner.read
 
-    def reverses(step: Step) -> list[SeqResult]:
-        results = execute(step)
+    def reverses(launched: Launched) -> list[SeqResult]:
+        results = read(launched)
         for result in results:
             rows = result.prompt_rows
             result.prompt_rows = dict(zip(rows, reversed(rows.values()), strict=True))
         return results
 
-    engine.runner.execute = reverses
+    engine.runner.read = reverses
 
 
 BROKEN: tuple[Break, ...] = (

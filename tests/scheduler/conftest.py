@@ -8,6 +8,7 @@ a stale, shared or misplaced page is seen at once, and so is any bit that comes 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -85,6 +86,7 @@ class Simulation:
     cache_class: type[RadixCache] = RadixCache
     policy: ReusePolicy | None = None
     check_pages: bool = True
+    steps_ahead: int = 0
 
     def __post_init__(self) -> None:
         pool = PagePool(self.num_pages, self.page_size)
@@ -99,6 +101,7 @@ class Simulation:
                 chunked_prefill=self.backend.chunk_invariant if chunked is None else chunked,
                 alignment=self.backend.alignment,
                 decode_equals_prefill=self.backend.decode_equals_prefill,
+                steps_ahead=self.steps_ahead,
             ),
             pool,
             self.cache,
@@ -108,6 +111,8 @@ class Simulation:
         self.scored: dict[Request, set[int]] = {}
         self.admitted: list[Request] = []
         self._slots: dict[int, int] = {}
+        self._under_way: deque[tuple[Step, list[int]]] = deque()
+        self._last_token: dict[Request, int] = {}  # as only the device knows it at first
 
     def submit(
         self, prompt: list[int], max_tokens: int = 8, prompt_logprobs: int | None = None
@@ -132,7 +137,8 @@ class Simulation:
     ) -> Step:
         """One step of scheduler and fake model; ends the requests that are through.
 
-        ``meanwhile`` is called when the step is computed and not yet completed.
+        With ``steps_ahead`` the results of a step are known that many steps later, or when nothing
+        is left to schedule. ``meanwhile`` is called when the step is computed and not completed.
         """
         step = self.scheduler.schedule(budget)
         self._check_step(step, budget or self.max_num_batched_tokens)
@@ -140,21 +146,30 @@ class Simulation:
             self._read(seq)
         sampled = [self._compute(seq) for seq in step.seqs]
         tokens = [token for token in sampled if token is not None]
+        if step.seqs:
+            self._under_way.append((step, tokens))
         if meanwhile:
             meanwhile(step)
-        for request in self.scheduler.complete(step, tokens):
-            self._end(request)
+        while len(self._under_way) > (self.steps_ahead if step.seqs else 0):
+            self._complete(*self._under_way.popleft())
         if sum(not request.decoding for request in self.scheduler.running) > 1:
             raise WrongBitsError("several prefills are under way")
         if self.check_pages:
             self.scheduler.check_integrity()
         return step
 
+    def _complete(self, step: Step, tokens: list[int]) -> None:
+        counts = self.scheduler.complete(step, tokens)
+        for seq, still in zip(step.seqs, counts, strict=True):
+            if still and seq.samples:
+                self._end(seq.request)
+
     def run(self, max_steps: int = 5_000) -> None:
         """Step to the end and check every output."""
         while self.scheduler.has_unfinished:
             max_steps -= 1
-            if not self.step().seqs or not max_steps:
+            waiting = bool(self._under_way)
+            if not (self.step().seqs or waiting) or not max_steps:
                 raise WrongBitsError("the scheduler makes no progress")
         for request in self.requests:
             if request.finish_reason is FinishReason.ABORT:
@@ -187,11 +202,17 @@ class Simulation:
         if seq.start < shared:
             raise WrongBitsError(f"{request.request_id} writes into a shared page")
         before = self._slots[self._slot(request, seq.start - 1)] if seq.start else 0
-        for position, token in enumerate(request.token_slice(seq.start, stop), seq.start):
+        tokens = request.token_slice(seq.start, stop)
+        if seq.pending:
+            tokens = [*tokens, self._last_token[request]]
+        for position, token in enumerate(tokens, seq.start):
             before = self.backend.kv(before, token, seq.start, seq.is_decode)
             self._slots[self._slot(request, position)] = before
         self.scored[request].update(range(seq.start, stop))
-        return next_token(before) if seq.samples else None
+        if not seq.samples:
+            return None
+        self._last_token[request] = next_token(before)
+        return self._last_token[request]
 
     def _check_step(self, step: Step, budget: int) -> None:
         problems = {
@@ -203,14 +224,15 @@ class Simulation:
             != sorted((s.is_decode for s in step.seqs), reverse=True),
         }
         for seq in step.seqs:
-            request, stop = seq.request, seq.start + seq.num_tokens
+            request, stop = seq.request, seq.stop
+            there = request.num_tokens - seq.samples  # but for what this very step samples
             cut = stop != request.prefill_end and stop % self.backend.alignment
             problems |= {
-                "nothing to compute": seq.num_tokens < 1 or stop > request.num_tokens,
-                "not contiguous": seq.start != request.num_computed_tokens,
+                "nothing to compute": seq.num_tokens < 1 or stop > there,
+                "not contiguous": stop != request.num_scheduled_tokens,
                 "a cut off the alignment": bool(cut) and not seq.is_decode,
                 "a decode of several": seq.is_decode and seq.num_tokens != 1,
-                "wrong sampling": seq.samples != (stop == request.num_tokens),
+                "wrong sampling": seq.samples != (stop == there),
                 "preempted and served": request in step.preempted,
             }
             if any(problems.values()):

@@ -192,6 +192,8 @@ def test_steps_alternate_with_completions(Simulation: Make) -> None:
         simulation.scheduler.schedule()
     with pytest.raises(EngineError, match="2 tokens do not fit"):
         simulation.scheduler.complete(step, [1, 2])
+    with pytest.raises(EngineError, match="another step than the oldest"):
+        simulation.scheduler.complete(Step(), [])
 
 
 def test_a_token_for_who_no_longer_runs_is_dropped(Simulation: Make) -> None:

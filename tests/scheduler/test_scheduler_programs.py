@@ -16,7 +16,7 @@ from isobit.cache.radix import Match, RadixCache, RadixNode
 from isobit.cache.reuse import Provenance, ReusePolicy, ReuseScope
 from isobit.core.paging import Paging
 from isobit.core.request import Request
-from isobit.core.scheduler import Scheduler, Step
+from isobit.core.scheduler import ScheduledSeq, Scheduler, Step
 from isobit.errors import EngineError
 
 NUM_CONTROL_PROGRAMS = 300
@@ -44,6 +44,7 @@ def run_random_program(Simulation: Any, FakeBackend: Any, rng: Random, **broken:
         "radix": rng.random() < 0.8,
         "max_num_seqs": rng.choice((1, 2, 3, 6)),
         "max_num_batched_tokens": rng.choice((16, 24, 64)),
+        "steps_ahead": rng.choice((0, 1)),
     }
     simulation = Simulation(**(options | broken))
     scheduler = simulation.scheduler
@@ -261,6 +262,21 @@ def test_wrong_bits_are_seen(
                 random_program(Random(seed), **options)
 
     with pytest.raises(wrong_bits, match=symptom):
+        programs()
+
+
+def test_a_token_of_before_a_preemption_is_seen_where_it_is_counted(
+    random_program: Callable[..., Any], wrong_bits: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Negative control: a step ahead whose request was preempted and runs anew."""
+    monkeypatch.setattr(ScheduledSeq, "counts", property(lambda seq: seq.request.running))
+
+    def programs() -> None:
+        for seed in range(NUM_CONTROL_PROGRAMS):
+            with suppress(EngineError, KeyError):
+                random_program(Random(seed), steps_ahead=1, check_pages=False)
+
+    with pytest.raises(wrong_bits):
         programs()
 
 
