@@ -17,11 +17,12 @@ from torch import Tensor
 from ..backends.base import AttentionBackend, Batch, LayerCache
 from ..errors import BackendError
 from ..kernels.kernel_set import KernelSet
+from ..kernels.transfer import to_device
 from ..models.decoder import Decoder
 from ..sampling.sampler import SampledRow, SamplingRow, sample, score_prompt
 from .devices import current_device
 from .graphs import DecodeGraphs
-from .packing import pack, to_device
+from .packing import pack
 from .request import Request
 from .scheduler import ScheduledSeq, Step
 
@@ -142,7 +143,7 @@ class Runner:
             logits = self.decoder.logits(hidden[chosen])
             sampling = [(seq, res) for seq, res in zip(seqs, results, strict=True) if seq.samples]
             sampled = sample(logits, [self._sampling_row(seq) for seq, _ in sampling], self.kernels)
-            for (_, result), token in zip(sampling, sampled, strict=True):
+            for (_, result), token in zip(sampling, sampled.read(), strict=True):
                 result.sampled = token
         return results
 
@@ -165,7 +166,7 @@ class Runner:
             self._observe(owners[rows])
             logits = self.decoder.logits(hidden[rows])
             reports = score_prompt(logits, targets, [wanted] * len(targets), self.kernels)
-            scored.update(enumerate(reports, begin + 1))
+            scored.update(enumerate(reports.read(), begin + 1))
         return scored
 
     def _sampling_row(self, seq: ScheduledSeq) -> SamplingRow:
