@@ -1,8 +1,4 @@
-"""Packs a step into the index tensors of a ``Batch``, in two copies to the device.
-
-Each tensor is a piece of one int64 or one int32 buffer and begins at a multiple of 256 bytes, as
-kernels may be compiled differently for other alignments.
-"""
+"""Packs a step into the index tensors of a ``Batch``, in two copies to the device."""
 
 from __future__ import annotations
 
@@ -10,12 +6,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from ..backends.base import Batch
+from ..kernels.transfer import parts_to_device
 from .step import ScheduledSeq
-
-_ALIGNMENT = 256  # bytes
 
 
 def pack(
@@ -38,10 +32,10 @@ def pack(
     for seq, count in zip(seqs, counts, strict=False):
         table += seq.request.page_ids[:count] + [0] * (width - count)
     positions = [p for span in spans for p in span]
-    token_ids, positions_, slot_mapping = _copied(
+    token_ids, positions_, slot_mapping = parts_to_device(
         [tokens + fill, positions + fill, slots + fill], torch.int64, device
     )
-    starts, seq_lens, pages = _copied(
+    starts, seq_lens, pages = parts_to_device(
         [[0, *accumulate(query_lens)], kv_lens, table + [0] * (width * padding)],
         torch.int32,
         device,
@@ -59,13 +53,6 @@ def pack(
     )
 
 
-def to_device(values: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of the values; the host does not wait for the copy."""
-    # Torch reuses pinned memory only once the copies that read it are done.
-    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
-
-
 def _tokens(seq: ScheduledSeq, span: range) -> Sequence[int]:
     known = seq.request.token_slice(span.start, span.stop)
     return [*known, 0] if seq.pending else known
@@ -74,15 +61,3 @@ def _tokens(seq: ScheduledSeq, span: range) -> Sequence[int]:
 def _slots(seq: ScheduledSeq, span: range, page_size: int) -> list[int]:
     pages = seq.request.page_ids
     return [pages[p // page_size] * page_size + p % page_size for p in span]
-
-
-def _copied(parts: Sequence[list[int]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """One tensor a part, all out of one buffer."""
-    step = _ALIGNMENT // dtype.itemsize
-    joined: list[int] = []
-    starts = []
-    for part in parts:
-        starts.append(len(joined))
-        joined += part + [0] * (-len(part) % step)
-    buffer = to_device(joined, dtype, device)
-    return [buffer[at : at + len(part)] for at, part in zip(starts, parts, strict=True)]

@@ -128,7 +128,11 @@ def steps_row(config: EngineConfig, device: torch.device) -> tuple[str, str, str
     """A step's tokens, and whether the host waits for it."""
     ahead = config.steps_ahead(device.type)
     how = "the next is launched before one is read" if ahead else "each is read before the next"
-    return ("steps", "async" if ahead else "sync", f"{config.token_budget(device.type)} tokens; {how}")
+    return (
+        "steps",
+        "async" if ahead else "sync",
+        f"{config.token_budget(device.type)} tokens; {how}",
+    )
 
 
 def graphs_row(graphs: DecodeGraphs) -> tuple[str, str, str]:

@@ -16,13 +16,14 @@ from torch import Tensor
 from ..backends.base import AttentionBackend, Batch, LayerCache
 from ..errors import BackendError, EngineError
 from ..kernels.kernel_set import KernelSet
+from ..kernels.transfer import to_device
 from ..models.decoder import Decoder
 from ..sampling.sampled import Sampled
 from ..sampling.sampler import SamplingRow, sample, score_prompt
 from .devices import current_device
 from .graphs import DecodeGraphs
 from .launched import Launched, Scored, SeqResult
-from .packing import pack, to_device
+from .packing import pack
 from .request import Request
 from .scheduler import ScheduledSeq, Step
 
@@ -155,9 +156,7 @@ class Runner:
             raise EngineError(f"{request.request_id}: its pending token is not the last step's")
         return row
 
-    def _finish(
-        self, step: Step, batch: Batch, hidden: Tensor, owners: RowOwners
-    ) -> Launched:
+    def _finish(self, step: Step, batch: Batch, hidden: Tensor, owners: RowOwners) -> Launched:
         scored: list[Scored] = []
         sampling: list[ScheduledSeq] = []
         rows: list[int] = []

@@ -219,7 +219,9 @@ class Scheduler:
         Where pages run out, the youngest goes: never one that this step already serves, as those
         are older. At most one prefill is under way, as a cut one lets nobody in.
         """
-        wanting = [request for request in self.running if not request.is_through(self.config.max_model_len)]
+        wanting = [
+            request for request in self.running if not request.is_through(self.config.max_model_len)
+        ]
         decodes = sum(request.decoding for request in wanting)
         all_served = True
         for request in wanting:

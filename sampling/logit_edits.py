@@ -1,65 +1,135 @@
-"""What a request does to its logits before temperature: its processors, bias, penalties.
+"""What requests do to their logits before temperature: their processors, bias, penalties.
 
-The request's own processors come first, so that none undoes what follows. Then, in vLLM's order:
+A request's own processors come first, so that none undoes what follows. Then, in vLLM's order:
 ``logit_bias``; the tokens that would end the request become impossible until
 ``min_tokens``; repetition penalty over prompt and output (a positive logit is divided by it, a
 negative one multiplied); frequency penalty times the count in the output; presence penalty once for
-each token in the output. Each of these is one fp32 operation on the tokens concerned.
+each token in the output. Each of these is one fp32 operation on the tokens concerned, for all rows
+at once. All but the processors are launched without a wait: a token that the host does not know yet
+is taken from the device, and is counted to the same bits.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection
+from array import array
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..kernels.transfer import parts_to_device, to_device
 from .processors import apply_processors
 from .rows import SamplingRow
 from .stopping import ending_token_ids
+from .token_counts import TokenCounts, has_penalties
+
+_ROWS = 32
+"""Rows penalised at once: their tokens take memory."""
 
 
 def edits_logits(row: SamplingRow) -> bool:
     """Whether ``edit_logits`` would change anything."""
     p = row.params
-    return bool(
-        p.logits_processors
-        or p.bias_pairs
-        or len(row.output_token_ids) < p.min_tokens
-        or p.repetition_penalty != 1.0
-        or p.frequency_penalty != 0.0
-        or p.presence_penalty != 0.0
+    return bool(p.processors or p.bias_pairs or has_penalties(p) or _is_short(row))
+
+
+def edit_logits(logits: Tensor, rows: Sequence[SamplingRow], last_tokens: Tensor | None) -> None:
+    """Change the rows' logits, fp32 ``[R, V]``, contiguous, in place.
+
+    last_tokens: int64 ``[R]`` on the device, the token of each row that is pending; not None
+        where one is
+
+    :raises LogitsProcessorError: a row's own processor failed.
+    """
+    for i, row in enumerate(rows):
+        if row.params.processors:
+            logits[i].copy_(apply_processors(logits[i], row))
+    _add_bias(logits, rows)
+    _rule_out_the_end(logits, rows)
+    penalised = [i for i, row in enumerate(rows) if has_penalties(row.params)]
+    for begin in range(0, len(penalised), _ROWS):
+        _penalise(logits, rows, penalised[begin : begin + _ROWS], last_tokens)
+
+
+def _add_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    vocab = logits.shape[1]
+    pairs = [
+        (i * vocab + t, bias) for i, row in enumerate(rows) for t, bias in row.params.bias_pairs
+    ]
+    if pairs:
+        index = to_device([at for at, _ in pairs], torch.int64, logits.device)
+        bias = to_device([bias for _, bias in pairs], logits.dtype, logits.device)
+        flat = logits.view(-1)
+        flat.scatter_(0, index, flat[index] + bias)
+
+
+def _rule_out_the_end(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
+    vocab = logits.shape[1]
+    ends = [
+        i * vocab + token_id
+        for i, row in enumerate(rows)
+        if _is_short(row)
+        for token_id in ending_token_ids(row.params, row.eos_token_ids)
+    ]
+    if ends:
+        index = to_device(ends, torch.int64, logits.device)
+        logits.view(-1).scatter_(0, index, -torch.inf)
+
+
+def _is_short(row: SamplingRow) -> bool:
+    return row.num_output_tokens < row.params.min_tokens
+
+
+def _penalise(
+    logits: Tensor, rows: Sequence[SamplingRow], which: list[int], last_tokens: Tensor | None
+) -> None:
+    """All three penalties on the rows ``which``, each token of a row once."""
+    device = logits.device
+    owner, ids, counts = _listed([rows[i] for i in which], device)
+    pending = [place for place, i in enumerate(which) if rows[i].pending]
+    row_of, places = parts_to_device([which, pending], torch.int64, device)
+    if pending and last_tokens is not None:
+        latest = torch.full_like(row_of, -1).scatter(0, places, last_tokens[row_of[places]])
+        again = ids == latest[owner]
+        earlier = torch.zeros_like(row_of).index_add_(0, owner, counts * again)
+        # A pending token that the host has listed too is there twice, with the same count: it is
+        # computed twice, out of the same logit, to the same bits.
+        ids = torch.cat((ids, latest[places]))
+        counts = torch.cat((counts + again, earlier[places] + 1))
+        owner = torch.cat((owner, places))
+    params = [rows[i].params for i in which]
+    repetition, frequency, presence = (
+        part[owner]
+        for part in parts_to_device(
+            [
+                [p.repetition_penalty for p in params],
+                [p.frequency_penalty for p in params],
+                [p.presence_penalty for p in params],
+            ],
+            logits.dtype,
+            device,
+        )
     )
+    flat = logits.view(-1)
+    index = row_of[owner] * logits.shape[1] + ids
+    x = flat[index]
+    x = torch.where(x > 0, x / repetition, x * repetition)
+    fewer = x - counts.to(x.dtype) * frequency
+    flat.scatter_(0, index, torch.where(counts > 0, fewer - presence, x))
 
 
-def edit_logits(logits: Tensor, row: SamplingRow) -> None:
-    """Change one row's logits, fp32 ``[V]``, in place."""
-    p = row.params
-    if p.logits_processors:
-        logits.copy_(apply_processors(logits, row))
-    if p.bias_pairs:
-        ids, values = zip(*p.bias_pairs, strict=True)
-        logits[_index(ids, logits)] += logits.new_tensor(values)
-    if len(row.output_token_ids) < p.min_tokens:
-        logits[_index(ending_token_ids(p, row.eos_token_ids), logits)] = -torch.inf
-    if p.repetition_penalty != 1.0:
-        _repetition(logits, {*row.prompt_token_ids, *row.output_token_ids}, p.repetition_penalty)
-    if row.output_token_ids and (p.frequency_penalty != 0.0 or p.presence_penalty != 0.0):
-        counts = Counter(row.output_token_ids)
-        index = _index(counts.keys(), logits)
-        times = logits.new_tensor(list(counts.values()))
-        logits[index] -= times * p.frequency_penalty
-        logits[index] -= p.presence_penalty
-
-
-def _repetition(logits: Tensor, token_ids: set[int], penalty: float) -> None:
-    index = _index(token_ids, logits)
-    seen = logits[index]
-    # A tensor divisor: by a plain number, torch may multiply by its rounded reciprocal instead.
-    divisor = torch.full_like(seen, penalty)
-    logits[index] = torch.where(seen > 0, seen / divisor, seen * divisor)
-
-
-def _index(token_ids: Collection[int], logits: Tensor) -> Tensor:
-    return torch.tensor(list(token_ids), dtype=torch.int64, device=logits.device)
+def _listed(rows: Sequence[SamplingRow], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Every token that the host knows of the rows, as int64 ``[N]``: its row, its id, its count."""
+    ids, counts, lengths = array("i"), array("i"), []
+    for row in rows:
+        known = row.counts or TokenCounts(row.params, row.prompt_token_ids)
+        known.update(row.output_token_ids)
+        ids += known.ids
+        counts += known.counts
+        lengths.append(len(known.ids))
+    both = to_device(np.array((ids, counts)), torch.int32, device).long()
+    repeats = to_device(lengths, torch.int64, device)
+    places = torch.arange(len(rows), device=device)
+    owner = places.repeat_interleave(repeats, output_size=len(ids))
+    return owner, both[0], both[1]

@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from .params import SamplingParams
+from .token_counts import TokenCounts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +19,10 @@ class SamplingRow:
     prompt_token_ids, output_token_ids: what penalties and ``min_tokens`` look at
     eos_token_ids: the model's end-of-sequence tokens
     request_id: what errors call the row
+    pending:  there is one more output token than ``output_token_ids`` lists: the device has
+        sampled it and the host has not read it yet. ``position`` counts it
+    counts:   the choice's own, kept from step to step so that penalties need not count all tokens
+        anew each time; None counts them anew, to the same bits
     """
 
     params: SamplingParams
@@ -28,6 +33,18 @@ class SamplingRow:
     output_token_ids: Sequence[int]
     eos_token_ids: Collection[int]
     request_id: str = ""
+    pending: bool = False
+    counts: TokenCounts | None = None
+
+    @property
+    def num_output_tokens(self) -> int:
+        """The output's tokens so far, with the pending one."""
+        return len(self.output_token_ids) + self.pending
+
+
+def needs_tokens(params: SamplingParams) -> bool:
+    """Whether the host must know all earlier tokens before it samples: for logits processors."""
+    return bool(params.processors)
 
 
 @dataclass(frozen=True, slots=True)

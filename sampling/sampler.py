@@ -22,70 +22,94 @@ from torch import Tensor
 
 from ..errors import EngineError
 from ..kernels.kernel_set import Draw, KernelSet
-from .filters import first_ids, has_filters, kept_ids
+from ..kernels.transfer import parts_to_device, to_device
+from .filters import has_filters, kept_ids
 from .logit_edits import edit_logits, edits_logits
-from .rows import SampledRow, SamplingRow
+from .ranks import rank_tokens
+from .rows import SampledRow, SamplingRow, needs_tokens
+from .sampled import Sampled, refuse_unusable
 
-__all__ = ["SampledRow", "SamplingRow", "sample", "score_prompt"]
+__all__ = ["Sampled", "SampledRow", "SamplingRow", "sample", "score_prompt"]
 
 
-def sample(logits: Tensor, rows: Sequence[SamplingRow], kernels: KernelSet) -> list[SampledRow]:
-    """Draw the next token of every row and report its logprobs.
+def sample(
+    logits: Tensor,
+    rows: Sequence[SamplingRow],
+    kernels: KernelSet,
+    last_tokens: Tensor | None = None,
+) -> Sampled:
+    """Draw the next token of every row; its tokens and their logprobs are there once read.
+
+    On a CUDA device nothing is waited for, but for rows with logits processors of their own.
 
     logits: fp32 ``[R, V]``, row ``i`` belongs to ``rows[i]``; left unchanged
+    last_tokens: int64 ``[R]`` on the logits' device, the last output token of each row that is
+        pending; other entries mean nothing
 
-    :raises EngineError: where a row holds NaN or +inf, or no possible token.
+    :raises EngineError: a row is pending and there are no ``last_tokens``, or it has processors;
+        or the logits that processors would be given hold NaN or +inf.
     :raises LogitsProcessorError: where a row's own processor fails.
     """
-    if not rows:
-        return []
+    _check_pending(rows, last_tokens)
     highest = logits.amax(dim=1)  # NaN where the row holds one
-    if kernels.choose is None:
-        _refuse_bad(highest.tolist())
+    if any(needs_tokens(row.params) for row in rows):
+        refuse_unusable(highest)
     logprobs = kernels.log_softmax(logits)
-    chosen, scores = _choose(logits, logprobs, rows, kernels)
+    chosen, scores = _choose(logits, logprobs, rows, kernels, last_tokens)
     # Where no token is possible the id means nothing, and must not lead out of the row.
-    own = _of_each(logprobs, chosen.clamp(max=logits.shape[1] - 1))
-    # One copy to the host: fp64 holds every id and every fp32 number as it is.
-    read = torch.stack([part.double() for part in (highest, scores, chosen, own)]).tolist()
-    _refuse_bad(read[0])
-    _refuse_impossible(read[1])
-    token_ids = [int(token_id) for token_id in read[2]]
-    return _report(logits, logprobs, token_ids, read[3], [row.params.logprobs for row in rows])
+    chosen = chosen.clamp(max=logits.shape[1] - 1)
+    num_top = [row.params.logprobs for row in rows]
+    ranks = rank_tokens(logits, logprobs, chosen, num_top)
+    return Sampled(chosen, highest, scores, _of_each(logprobs, chosen), num_top, ranks)
 
 
 def score_prompt(
     logits: Tensor, targets: Sequence[int], num_top: Sequence[int | None], kernels: KernelSet
-) -> list[SampledRow]:
+) -> Sampled:
     """Report given tokens exactly as ``sample`` reports those it draws.
 
     logits:  fp32 ``[R, V]``; row ``i`` predicts ``targets[i]``
     num_top: how many of the likeliest tokens to list per row; None leaves the rank out too
-
-    :raises EngineError: where a row holds NaN or +inf.
     """
-    if not targets:
-        return []
-    _refuse_bad(logits.amax(dim=1).tolist())
+    highest = logits.amax(dim=1)
     logprobs = kernels.log_softmax(logits)
-    index = torch.tensor(targets, dtype=torch.int64, device=logits.device)
-    return _report(logits, logprobs, targets, _of_each(logprobs, index).tolist(), num_top)
+    given = to_device(targets, torch.int64, logits.device)
+    ranks = rank_tokens(logits, logprobs, given, num_top)
+    return Sampled(given, highest, highest, _of_each(logprobs, given), num_top, ranks)
+
+
+def _check_pending(rows: Sequence[SamplingRow], last_tokens: Tensor | None) -> None:
+    for i, row in enumerate(rows):
+        if row.pending and last_tokens is None:
+            raise EngineError(
+                f"Row {i} has a pending token: wanted last_tokens to take it from, given None. "
+                "Pass the device's tokens of the step before."
+            )
+        if row.pending and needs_tokens(row.params):
+            raise EngineError(
+                f"Row {i} has a pending token: wanted one that the host knows, as its logits "
+                "processors are given all tokens. Read the step before first."
+            )
 
 
 def _choose(
-    logits: Tensor, logprobs: Tensor, rows: Sequence[SamplingRow], kernels: KernelSet
+    logits: Tensor,
+    logprobs: Tensor,
+    rows: Sequence[SamplingRow],
+    kernels: KernelSet,
+    last_tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Token ids int64 ``[R]`` and their scores fp32 ``[R]``, not finite where none is possible."""
     edited = {i for i, row in enumerate(rows) if edits_logits(row)}
     if edited:
-        logits = logits.clone()
-        for i in edited:
-            edit_logits(logits[i], rows[i])
+        logits = logits.clone(memory_format=torch.contiguous_format)
+        edit_logits(logits, rows, last_tokens)
     if kernels.choose is not None:
         return kernels.choose(logits, _draw(rows, logits))
     chosen, best = _highest(logits)
-    _refuse_impossible(best.tolist())
-    drawn = [i for i, row in enumerate(rows) if not row.params.greedy]
+    # A row without a possible token is refused once it is read, and needs no draw.
+    possible = [isfinite(score) for score in best.tolist()]
+    drawn = [i for i, row in enumerate(rows) if possible[i] and not row.params.greedy]
     if drawn:
         tempered = logprobs[drawn]
         # A row with neither edits nor temperature keeps the log-softmax that it already has.
@@ -103,23 +127,33 @@ def _choose(
 
 def _draw(rows: Sequence[SamplingRow], logits: Tensor) -> Draw:
     """The rows' parameters side by side, on the logits' device."""
-    vocab = logits.shape[1]
+    vocab, device = logits.shape[1], logits.device
     params = [row.params for row in rows]
-
-    def column(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).to(logits.device)
-
+    temperatures, top_p, min_p = parts_to_device(
+        [[p.temperature for p in params], [p.top_p for p in params], [p.min_p for p in params]],
+        torch.float64,
+        device,
+    )
+    top_k, filtered, seeds, choices, positions = parts_to_device(
+        [
+            [p.top_k if p.top_k > 0 else vocab for p in params],
+            [i for i, p in enumerate(params) if has_filters(p) and not p.greedy],
+            [row.seed for row in rows],
+            [row.choice for row in rows],
+            [row.position for row in rows],
+        ],
+        torch.int64,
+        device,
+    )
     return Draw(
-        temperatures=column([p.temperature for p in params], torch.float32),
-        top_k=column([p.top_k if p.top_k > 0 else vocab for p in params], torch.int64),
-        top_p=column([p.top_p for p in params], torch.float64),
-        min_p=column([p.min_p for p in params], torch.float32),
-        filtered=column(
-            [i for i, p in enumerate(params) if has_filters(p) and not p.greedy], torch.int64
-        ),
-        seeds=column([row.seed for row in rows], torch.int64),
-        choices=column([row.choice for row in rows], torch.int64),
-        positions=column([row.position for row in rows], torch.int64),
+        temperatures=temperatures.float(),
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p.float(),
+        filtered=filtered,
+        seeds=seeds,
+        choices=choices,
+        positions=positions,
     )
 
 
@@ -148,49 +182,3 @@ def _highest(scores: Tensor) -> tuple[Tensor, Tensor]:
 def _of_each(rows: Tensor, index: Tensor) -> Tensor:
     """One value of every row, by its index."""
     return rows.gather(1, index.unsqueeze(1)).squeeze(1)
-
-
-def _refuse_impossible(best: Sequence[float]) -> None:
-    for i, score in enumerate(best):
-        if not isfinite(score):
-            raise EngineError(
-                f"Row {i} leaves no token to choose: its best score is {score}. Either "
-                "min_tokens rules out the whole vocabulary, or the logits overflowed."
-            )
-
-
-def _refuse_bad(highest: Sequence[float]) -> None:
-    for i, value in enumerate(highest):
-        if not isfinite(value):
-            raise EngineError(
-                f"Row {i} of the logits is not usable: wanted finite values (or -inf for "
-                f"impossible tokens), its maximum is {value}. The model or its weights produced it."
-            )
-
-
-def _report(
-    logits: Tensor,
-    logprobs: Tensor,
-    token_ids: Sequence[int],
-    own: Sequence[float],
-    num_top: Sequence[int | None],
-) -> list[SampledRow]:
-    report = []
-    for i, (token_id, count) in enumerate(zip(token_ids, num_top, strict=True)):
-        rank = None if count is None else _rank(logits[i], token_id)
-        top = _top(logits[i], logprobs[i], count) if count else ()
-        report.append(SampledRow(token_id, own[i], rank, top))
-    return report
-
-
-def _rank(logits: Tensor, token_id: int) -> int:
-    """1 + the tokens with a higher logit, or an equal one and a lower id."""
-    value = logits[token_id]
-    before = torch.count_nonzero(logits[:token_id] >= value)
-    return 1 + int(before + torch.count_nonzero(logits[token_id + 1 :] > value))
-
-
-def _top(logits: Tensor, logprobs: Tensor, count: int) -> tuple[tuple[int, float], ...]:
-    """(token id, logprob) of the ``count`` highest logits, ties by lowest id."""
-    ids = first_ids(logits, count)
-    return tuple(zip(ids.tolist(), logprobs[ids].tolist(), strict=True))

@@ -39,9 +39,7 @@ PARAMS = [
 
 
 def start(folder: Path, *, ahead: bool, **options: Any) -> LLM:
-    return LLM(
-        str(folder), max_model_len=128, max_num_seqs=7, async_scheduling=ahead, **options
-    )
+    return LLM(str(folder), max_model_len=128, max_num_seqs=7, async_scheduling=ahead, **options)
 
 
 def run(llm: LLM) -> list[list[Transcript]]:
@@ -125,9 +123,7 @@ def test_a_stop_is_found_one_step_late_and_trimmed(
     assert seen.count("read") == place + 1
 
 
-def test_a_processor_sees_every_token(
-    small_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_processor_sees_every_token(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its next token depends on the host, so the engine waits; its neighbours' bits stay."""
     lengths: list[int] = []
 

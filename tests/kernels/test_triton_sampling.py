@@ -259,7 +259,9 @@ def test_a_greedy_sample_with_edits_is_that_of_torch(ours: KernelSet) -> None:
     ]
     rows = rows_of([SamplingParams(temperature=0, max_tokens=20, **edit) for edit in edits])
     logits = logits_of(len(rows), 300)
-    results, expected = (sample(logits, rows, k) for k in (ours, load_kernels("torch", DEVICE)))
+    results, expected = (
+        sample(logits, rows, k).read() for k in (ours, load_kernels("torch", DEVICE))
+    )
     assert [r.token_id for r in results] == [r.token_id for r in expected]
     assert results[1].token_id == 5
     assert results[3].token_id != 0
@@ -270,9 +272,11 @@ def neighbours_change_a_row(kernels: KernelSet) -> bool:
     edits = {"repetition_penalty": 1.3, "logit_bias": {7: 2.0}, "top_p": 0.8}
     rows = rows_of([*PARAMS[:3], PARAMS[12], SamplingParams(**edits)])
     logits = logits_of(len(rows))
-    whole = sample(logits, rows, kernels)
-    reverse = sample(logits.flip(0), rows[::-1], kernels)[::-1]
-    alone = [sample(logits[i : i + 1], rows[i : i + 1], kernels)[0] for i in range(len(rows))]
+    whole = sample(logits, rows, kernels).read()
+    reverse = sample(logits.flip(0), rows[::-1], kernels).read()[::-1]
+    alone = [
+        sample(logits[i : i + 1], rows[i : i + 1], kernels).read()[0] for i in range(len(rows))
+    ]
     assert kernels.choose is not None
     scores = kernels.choose(logits, draw_of(rows))[1]
     each = [
@@ -298,4 +302,4 @@ def test_a_row_without_any_possible_token_is_an_error(ours: KernelSet, temperatu
     params = SamplingParams(temperature=temperature, min_tokens=5, stop_token_ids=[0, 1, 2])
     rows = rows_of([SamplingParams(), params])
     with pytest.raises(EngineError, match="Row 1 leaves no token"):
-        sample(torch.zeros(2, 3, device=DEVICE), rows, ours)
+        sample(torch.zeros(2, 3, device=DEVICE), rows, ours).read()

@@ -24,7 +24,7 @@ def draws(params: SamplingParams, kernels: KernelSet, vary: str) -> torch.Tensor
             params=params, prompt_token_ids=(), output_token_ids=(), eos_token_ids=(), **key
         )
         rows.append(row)
-    sampled = sample(LOGITS.repeat(DRAWS, 1), rows, kernels)
+    sampled = sample(LOGITS.repeat(DRAWS, 1), rows, kernels).read()
     return torch.bincount(torch.tensor([r.token_id for r in sampled]), minlength=len(LOGITS))
 
 

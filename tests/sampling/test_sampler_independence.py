@@ -58,6 +58,12 @@ rows = st.builds(
 )
 
 
+def read_sample(
+    logits: Tensor, batch: Sequence[SamplingRow], kernels: KernelSet
+) -> list[SampledRow]:
+    return sample(logits, batch, kernels).read()
+
+
 def logits_for(count: int, seed: int, vocab: int = VOCAB) -> Tensor:
     return torch.randn(count, vocab, generator=torch.Generator().manual_seed(seed)) * 2.5
 
@@ -78,7 +84,7 @@ def test_neighbours_change_nothing(kernels: KernelSet, data: st.DataObject) -> N
     batch = data.draw(st.lists(rows, min_size=1, max_size=19))
     order = data.draw(st.permutations(range(len(batch))))
     logits = logits_for(len(batch), data.draw(st.integers(0, 2**20)))
-    assert_neighbours_change_nothing(sample, batch, logits, order, kernels)
+    assert_neighbours_change_nothing(read_sample, batch, logits, order, kernels)
 
 
 def mixed_batch(count: int, vocab: int) -> list[SamplingRow]:
@@ -110,10 +116,10 @@ def test_real_vocabulary_rows_and_threads_change_nothing(kernels: KernelSet) -> 
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        one = [bits(r) for r in sample(logits, batch, kernels)]
+        one = [bits(r) for r in sample(logits, batch, kernels).read()]
         torch.set_num_threads(2)
-        two = [bits(r) for r in sample(logits, batch, kernels)]
-        alone = [bits(sample(logits[i : i + 1], [batch[i]], kernels)[0]) for i in range(8)]
+        two = [bits(r) for r in sample(logits, batch, kernels).read()]
+        alone = [bits(sample(logits[i : i + 1], [batch[i]], kernels).read()[0]) for i in range(8)]
     finally:
         torch.set_num_threads(before)
     assert one == two == alone
@@ -124,7 +130,7 @@ def sample_by_rank(
 ) -> list[SampledRow]:
     """The known fault: once any row has a filter, all are sorted and noise goes by rank."""
     if not any(has_filters(row.params) for row in batch):
-        return sample(logits, batch, kernels)
+        return sample(logits, batch, kernels).read()
     results = []
     for x, row in zip(logits, batch, strict=True):
         p = row.params
@@ -155,21 +161,21 @@ def sample_by_row(
         )
         for i, row in enumerate(batch)
     ]
-    return sample(logits, moved, kernels)
+    return sample(logits, moved, kernels).read()
 
 
 @pytest.mark.parametrize("faulty", [sample_by_rank, sample_by_row])
 def test_faulty_samplers_are_caught(faulty: Sampler, kernels: KernelSet) -> None:
     batch = mixed_batch(16, VOCAB)
     order = [*range(15, -1, -1)]
-    assert_neighbours_change_nothing(sample, batch, logits_for(16, 1), order, kernels)
+    assert_neighbours_change_nothing(read_sample, batch, logits_for(16, 1), order, kernels)
     with pytest.raises(AssertionError):
         assert_neighbours_change_nothing(faulty, batch, logits_for(16, 1), order, kernels)
 
 
 def test_no_global_generator_is_touched(kernels: KernelSet) -> None:
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    sample(logits_for(24, 2), mixed_batch(24, VOCAB), kernels)
+    sample(logits_for(24, 2), mixed_batch(24, VOCAB), kernels).read()
     after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     assert states == after
 
@@ -189,7 +195,7 @@ def test_unusable_logits_are_an_error(bad: float, temperature: float, kernels: K
     logits = logits_for(3, 2)
     logits[1, 200] = bad
     with pytest.raises(EngineError, match="Row 1 of the logits"):
-        sample(logits, [row] * 3, kernels)
+        sample(logits, [row] * 3, kernels).read()
 
 
 def test_a_row_without_any_possible_token_is_an_error(kernels: KernelSet) -> None:
@@ -203,8 +209,8 @@ def test_a_row_without_any_possible_token_is_an_error(kernels: KernelSet) -> Non
         eos_token_ids=(),
     )
     with pytest.raises(EngineError, match="min_tokens"):
-        sample(torch.zeros(1, 3), [row], kernels)
+        sample(torch.zeros(1, 3), [row], kernels).read()
 
 
 def test_no_rows_no_tokens(kernels: KernelSet) -> None:
-    assert sample(torch.empty(0, VOCAB), [], kernels) == []
+    assert sample(torch.empty(0, VOCAB), [], kernels).read() == []

@@ -124,7 +124,7 @@ def test_same_tokens_as_the_reference(vocab: int, count: int, kernels: KernelSet
     rows = [random_row(rng, vocab) for _ in range(count)]
     logits = torch.randn(len(rows), vocab, generator=torch.Generator().manual_seed(vocab)) * 3
     untouched = logits.clone()
-    sampled = sample(logits, rows, kernels)
+    sampled = sample(logits, rows, kernels).read()
     assert torch.equal(logits, untouched)
     judged = 0
     for i, row in enumerate(rows):
@@ -159,7 +159,7 @@ def test_ties_go_to_the_lowest_id(kernels: KernelSet) -> None:
         )
     generator = torch.Generator().manual_seed(3)
     logits = torch.randint(-2, 3, (len(rows), vocab), generator=generator).float()
-    for i, result in enumerate(sample(logits, rows, kernels)):
+    for i, result in enumerate(sample(logits, rows, kernels).read()):
         x = logits[i].numpy()
         expected = reference_sample(x, rows[i], noise_of(rows[i], vocab, kernels))
         if expected.margin > CLOSE:
@@ -182,7 +182,7 @@ def test_top_k_1_is_greedy(kernels: KernelSet) -> None:
         output_token_ids=(),
         eos_token_ids=EOS,
     )
-    assert {r.token_id for r in sample(logits, [row] * 200, kernels)} == {7}
+    assert {r.token_id for r in sample(logits, [row] * 200, kernels).read()} == {7}
 
 
 def test_logprobs_are_of_the_raw_distribution(kernels: KernelSet) -> None:
@@ -190,7 +190,7 @@ def test_logprobs_are_of_the_raw_distribution(kernels: KernelSet) -> None:
     logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(8)) * 4
     rows = [random_row(rng, vocab) for _ in range(64)]
     expected = torch.log_softmax(logits.double(), dim=-1)
-    for i, result in enumerate(sample(logits, rows, kernels)):
+    for i, result in enumerate(sample(logits, rows, kernels).read()):
         assert result.logprob == pytest.approx(expected[i, result.token_id].item(), abs=1e-5)
         wanted = rows[i].params.logprobs
         assert len(result.top) == (wanted or 0)
@@ -203,8 +203,8 @@ def test_scoring_a_prompt_reports_the_bits_that_sampling_reported(kernels: Kerne
     vocab, rng = 300, random.Random(9)
     logits = torch.randn(64, vocab, generator=torch.Generator().manual_seed(9)) * 4
     rows = [random_row(rng, vocab) for _ in range(64)]
-    sampled = sample(logits, rows, kernels)
+    sampled = sample(logits, rows, kernels).read()
     scored = score_prompt(
         logits, [r.token_id for r in sampled], [row.params.logprobs for row in rows], kernels
-    )
+    ).read()
     assert scored == sampled  # floats compare by value; fp32 logprobs are never -0.0 and 0.0 both

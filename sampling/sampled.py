@@ -1,0 +1,91 @@
+"""Sampled tokens that the device may still be working on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from ..errors import EngineError
+from ..kernels.transfer import HostCopy
+from .ranks import Ranks
+from .rows import SampledRow
+
+
+class Sampled:
+    """What a launch gives: tokens on the device now, and on the host once they are read.
+
+    token_ids: int64 ``[R]``, on the device; a valid id also where no token is possible
+
+    :param highest: fp32 ``[R]``, the maxima of the raw logits, NaN where a row holds one
+    :param scores: fp32 ``[R]``, what the tokens were chosen for, not finite where none is possible
+    :param logprobs: fp32 ``[R]``, of the tokens
+    :param num_top: how many of the likeliest tokens each row lists; None without a rank
+    :param ranks: of the rows that have a ``num_top``
+    """
+
+    def __init__(
+        self,
+        token_ids: Tensor,
+        highest: Tensor,
+        scores: Tensor,
+        logprobs: Tensor,
+        num_top: Sequence[int | None],
+        ranks: Ranks,
+    ) -> None:
+        self.token_ids = token_ids
+        self._num_top = tuple(num_top)
+        parts = [highest, scores, token_ids, logprobs]
+        parts += [ranks.ranks, ranks.top_ids, ranks.top_logprobs]
+        self._shapes = [part.shape for part in parts]
+        # One copy to the host: fp64 holds every id and every fp32 number as it is.
+        self._copy = HostCopy(torch.cat([part.double().flatten() for part in parts]))
+
+    def read(self) -> list[SampledRow]:
+        """One row's token each, in order. The host waits for the device here, and only here.
+
+        :raises EngineError: where a row holds NaN or +inf, or no possible token.
+        """
+        parts = torch.split(self._copy.read(), [shape.numel() for shape in self._shapes])
+        values = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
+        highest, scores, token_ids, logprobs, ranks, top_ids, top_logprobs = values
+        refuse_unusable(highest)
+        _refuse_impossible(scores)
+        asked = iter(
+            zip(ranks.long().tolist(), top_ids.long().tolist(), top_logprobs.tolist(), strict=True)
+        )
+        rows = []
+        for token_id, logprob, count in zip(
+            token_ids.long().tolist(), logprobs.tolist(), self._num_top, strict=True
+        ):
+            if count is None:
+                rows.append(SampledRow(token_id, logprob, None, ()))
+            else:
+                rank, ids, values = next(asked)
+                top = tuple(zip(ids[:count], values[:count], strict=True))
+                rows.append(SampledRow(token_id, logprob, rank, top))
+        return rows
+
+
+def refuse_unusable(highest: Tensor) -> None:
+    """Raise where one of the rows' maxima ``[R]`` shows NaN or +inf; waits for the device.
+
+    :raises EngineError: naming the row.
+    """
+    for i, value in enumerate(highest.tolist()):
+        if not isfinite(value):
+            raise EngineError(
+                f"Row {i} of the logits is not usable: wanted finite values (or -inf for "
+                f"impossible tokens), its maximum is {value}. The model or its weights produced it."
+            )
+
+
+def _refuse_impossible(best: Tensor) -> None:
+    for i, score in enumerate(best.tolist()):
+        if not isfinite(score):
+            raise EngineError(
+                f"Row {i} leaves no token to choose: its best score is {score}. Either "
+                "min_tokens rules out the whole vocabulary, or the logits overflowed."
+            )
