@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..kernels.transfer import to_device
 
-_ROWS = 32
-"""Rows ranked at once: their keys take memory."""
+_ROWS, _CPU_ROWS = 32, 8
+"""Rows ranked at once: their keys take memory, and should stay in a CPU's cache."""
 
 _LAST_ID = 2**32 - 1
 
@@ -50,14 +50,15 @@ def rank_tokens(
     ranks = torch.empty_like(index)
     top_ids = index.new_empty(len(asked), width)
     top_logprobs = logprobs.new_empty(len(asked), width)
-    for begin in range(0, len(asked), _ROWS):
-        piece = slice(begin, min(begin + _ROWS, len(asked)))
+    step = _CPU_ROWS if logits.device.type == "cpu" else _ROWS
+    for begin in range(0, len(asked), step):
+        piece = slice(begin, begin + step)
         rows = index[piece]
-        own_logits = logits[rows]
+        own_logits = logits.index_select(0, rows)
         ranks[piece] = _ranks(own_logits, token_ids[rows])
         if width:
             top_ids[piece] = _highest_ids(own_logits, width)
-            top_logprobs[piece] = logprobs[rows].gather(1, top_ids[piece])
+            top_logprobs[piece] = logprobs[rows.unsqueeze(1), top_ids[piece]]
     return Ranks(ranks, top_ids, top_logprobs)
 
 
@@ -66,16 +67,17 @@ def _ranks(logits: Tensor, token_ids: Tensor) -> Tensor:
     own_ids = token_ids.unsqueeze(1)
     own = logits.gather(1, own_ids)
     ids = torch.arange(logits.shape[1], device=logits.device)
-    before = (logits > own) | ((logits == own) & (ids < own_ids))
-    return before.sum(dim=1) + 1
+    higher = torch.count_nonzero(logits > own, dim=1)
+    return 1 + higher + torch.count_nonzero((logits == own) & (ids < own_ids), dim=1)
 
 
 def _highest_ids(logits: Tensor, count: int) -> Tensor:
     """The ``count`` highest of each row, ties by lowest id; int64 ``[R, count]``, highest first."""
     # Keys in the order of the logits, then from the last id to the first: none is there twice, so
     # that the result does not depend on how topk treats equals. Adding 0 makes -0 a 0.
-    bits = (logits + 0.0).view(torch.int32).long()
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    ids = torch.arange(logits.shape[1], device=logits.device)
-    keys = (ordered << 32) | (_LAST_ID - ids)
+    bits = (logits + 0.0).view(torch.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF
+    keys = bits.long()
+    keys <<= 32
+    keys |= _LAST_ID - torch.arange(logits.shape[1], device=logits.device)
     return _LAST_ID - (keys.topk(count, dim=1).values & _LAST_ID)
