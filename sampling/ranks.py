@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.transfer import to_device
+from .distribution import Distribution
 
 _ROWS, _CPU_ROWS = 32, 8
 """Rows ranked at once: their keys take memory, and should stay in a CPU's cache."""
@@ -35,21 +36,19 @@ class Ranks:
     top_logprobs: Tensor
 
 
-def rank_tokens(
-    logits: Tensor, logprobs: Tensor, token_ids: Tensor, num_top: Sequence[int | None]
-) -> Ranks:
+def rank_tokens(model: Distribution, token_ids: Tensor, num_top: Sequence[int | None]) -> Ranks:
     """Rank the own token of each row that has a ``num_top``, and list its likeliest tokens.
 
-    logits, logprobs: fp32 ``[R, V]``
     token_ids: int64 ``[R]``
     num_top:   how many to list per row, at most V; None leaves the row out
     """
+    logits = model.logits
     asked = [i for i, count in enumerate(num_top) if count is not None]
     width = max((count for count in num_top if count is not None), default=0)
     index = to_device(asked, torch.int64, logits.device)
     ranks = torch.empty_like(index)
     top_ids = index.new_empty(len(asked), width)
-    top_logprobs = logprobs.new_empty(len(asked), width)
+    top_logprobs = logits.new_empty(len(asked), width)
     step = _CPU_ROWS if logits.device.type == "cpu" else _ROWS
     for begin in range(0, len(asked), step):
         piece = slice(begin, begin + step)
@@ -58,7 +57,7 @@ def rank_tokens(
         ranks[piece] = _ranks(own_logits, token_ids[rows])
         if width:
             top_ids[piece] = _highest_ids(own_logits, width)
-            top_logprobs[piece] = logprobs[rows.unsqueeze(1), top_ids[piece]]
+            top_logprobs[piece] = model.of(rows, top_ids[piece])
     return Ranks(ranks, top_ids, top_logprobs)
 
 
