@@ -103,7 +103,7 @@ def _choose(
     logits = model.logits
     edited = {i for i, row in enumerate(rows) if edits_logits(row)}
     if edited:
-        logits = logits.clone(memory_format=torch.contiguous_format)
+        logits = logits.clone()
         edit_logits(logits, rows, last_tokens)
     if kernels.choose is not None:
         return kernels.choose(logits, _draw(rows, logits))
