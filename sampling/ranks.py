@@ -23,42 +23,43 @@ _LAST_ID = 2**32 - 1
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
-    """What was asked of ``A`` rows.
+class RankedRows:
+    """Some rows that are ranked together.
 
+    rows:         their indices, ``A`` of them
     ranks:        int64 ``[A]``, of the rows' own tokens; the likeliest has 1
-    top_ids:      int64 ``[A, K]``, the tokens of ranks 1 … K; K is the most that any row asked for
+    top_ids:      int64 ``[A, K]``, the tokens of ranks 1 … K; K is the most that any of them asks
     top_logprobs: fp32 ``[A, K]``
     """
 
+    rows: Sequence[int]
     ranks: Tensor
     top_ids: Tensor
     top_logprobs: Tensor
 
 
-def rank_tokens(model: Distribution, token_ids: Tensor, num_top: Sequence[int | None]) -> Ranks:
+def rank_tokens(
+    model: Distribution, token_ids: Tensor, num_top: Sequence[int | None]
+) -> list[RankedRows]:
     """Rank the own token of each row that has a ``num_top``, and list its likeliest tokens.
 
     token_ids: int64 ``[R]``
     num_top:   how many to list per row, at most V; None leaves the row out
     """
-    logits = model.logits
-    asked = [i for i, count in enumerate(num_top) if count is not None]
-    width = max((count for count in num_top if count is not None), default=0)
-    index = to_device(asked, torch.int64, logits.device)
-    ranks = torch.empty_like(index)
-    top_ids = index.new_empty(len(asked), width)
-    top_logprobs = logits.new_empty(len(asked), width)
-    step = _CPU_ROWS if logits.device.type == "cpu" else _ROWS
+    device = model.logits.device
+    # Those that ask for much come together, so that few others are listed as far as they are.
+    asked = sorted((count, i) for i, count in enumerate(num_top) if count is not None)
+    index = to_device([i for _, i in asked], torch.int64, device)
+    step = _CPU_ROWS if device.type == "cpu" else _ROWS
+    ranked = []
     for begin in range(0, len(asked), step):
-        piece = slice(begin, begin + step)
-        rows = index[piece]
-        own_logits = logits.index_select(0, rows)
-        ranks[piece] = _ranks(own_logits, token_ids[rows])
-        if width:
-            top_ids[piece] = _highest_ids(own_logits, width)
-            top_logprobs[piece] = model.of(rows, top_ids[piece])
-    return Ranks(ranks, top_ids, top_logprobs)
+        piece = asked[begin : begin + step]
+        rows, width = index[begin : begin + step], piece[-1][0]
+        logits = model.logits.index_select(0, rows)
+        ranks = _ranks(logits, token_ids[rows])
+        top_ids = _highest_ids(logits, width) if width else rows.new_empty(len(piece), 0)
+        ranked.append(RankedRows([i for _, i in piece], ranks, top_ids, model.of(rows, top_ids)))
+    return ranked
 
 
 def _ranks(logits: Tensor, token_ids: Tensor) -> Tensor:

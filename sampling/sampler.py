@@ -60,8 +60,8 @@ def sample(
     # Where no token is possible the id means nothing, and must not lead out of the row.
     chosen = chosen.clamp(max=logits.shape[1] - 1)
     num_top = [row.params.logprobs for row in rows]
-    ranks = rank_tokens(model, chosen, num_top)
-    return Sampled(chosen, highest, scores, model.of_each(chosen), num_top, ranks)
+    ranked = rank_tokens(model, chosen, num_top)
+    return Sampled(chosen, highest, scores, model.of_each(chosen), num_top, ranked)
 
 
 def score_prompt(
@@ -75,8 +75,8 @@ def score_prompt(
     highest = logits.amax(dim=1)
     model = Distribution(logits, kernels)
     given = to_device(targets, torch.int64, logits.device)
-    ranks = rank_tokens(model, given, num_top)
-    return Sampled(given, highest, highest, model.of_each(given), num_top, ranks)
+    ranked = rank_tokens(model, given, num_top)
+    return Sampled(given, highest, highest, model.of_each(given), num_top, ranked)
 
 
 def _check_pending(rows: Sequence[SamplingRow], last_tokens: Tensor | None) -> None:

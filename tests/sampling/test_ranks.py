@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from isobit.kernels.kernel_set import KernelSet
 from isobit.sampling.distribution import Distribution
-from isobit.sampling.ranks import Ranks, rank_tokens
+from isobit.sampling.ranks import RankedRows, rank_tokens
 
 VOCAB = 131
 
@@ -40,35 +43,45 @@ def naive_order(logits: Tensor) -> list[int]:
     return sorted(range(len(logits)), key=lambda t: (-logits[t].item(), t))
 
 
-def assert_as_sorted(ranks: Ranks, logits: Tensor, logprobs: Tensor) -> None:
-    asked = [(i, n) for i, n in enumerate(counts_for(len(logits))) if n is not None]
-    for at, (i, count) in enumerate(asked):
-        order = naive_order(logits[i])
-        assert ranks.ranks[at] == 1 + order.index(int(tokens_for(len(logits))[i]))
-        assert ranks.top_ids[at, :count].tolist() == order[:count]
-        assert torch.equal(ranks.top_logprobs[at, :count], logprobs[i][order[:count]])
+def assert_as_sorted(ranked: Sequence[RankedRows], logits: Tensor, logprobs: Tensor) -> None:
+    counts, tokens = counts_for(len(logits)), tokens_for(len(logits))
+    rows = [i for part in ranked for i in part.rows]
+    assert sorted(rows) == [i for i, count in enumerate(counts) if count is not None]
+    for part in ranked:
+        for at, i in enumerate(part.rows):
+            order = naive_order(logits[i])
+            assert part.ranks[at] == 1 + order.index(int(tokens[i]))
+            assert part.top_ids[at, : counts[i]].tolist() == order[: counts[i]]
+            logprobs_of_top = part.top_logprobs[at, : counts[i]]
+            assert torch.equal(logprobs_of_top, logprobs[i][order[: counts[i]]])
+
+
+def ranked_tokens(logits: Tensor, kernels: KernelSet) -> list[RankedRows]:
+    rows = len(logits)
+    return rank_tokens(Distribution(logits, kernels), tokens_for(rows), counts_for(rows))
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_ranks_are_places_in_the_sorted_row(seed: int, kernels: KernelSet) -> None:
     logits = all_kinds(seed)
-    model = Distribution(logits, kernels)
-    ranks = rank_tokens(model, tokens_for(len(logits)), counts_for(len(logits)))
-    assert_as_sorted(ranks, logits, kernels.log_softmax(logits))
+    ranked = ranked_tokens(logits, kernels)
+    assert_as_sorted(ranked, logits, kernels.log_softmax(logits))
 
 
 def test_a_topk_that_breaks_ties_another_way_is_caught(kernels: KernelSet) -> None:
     logits = all_kinds(0)
-    model = Distribution(logits, kernels)
-    ranks = rank_tokens(model, tokens_for(len(logits)), counts_for(len(logits)))
-    asked = [i for i, count in enumerate(counts_for(len(logits))) if count is not None]
-    order = logits[asked].flip(1).sort(dim=1, descending=True, stable=True).indices
-    wrong = Ranks(ranks.ranks, VOCAB - 1 - order, ranks.top_logprobs)
+    wrong = []
+    for part in ranked_tokens(logits, kernels):
+        order = logits[part.rows].flip(1).sort(dim=1, descending=True, stable=True).indices
+        wrong.append(replace(part, top_ids=VOCAB - 1 - order))
     with pytest.raises(AssertionError):
         assert_as_sorted(wrong, logits, kernels.log_softmax(logits))
 
 
+def test_only_rows_listed_together_are_listed_as_far(kernels: KernelSet) -> None:
+    ranked = ranked_tokens(all_kinds(0), kernels)
+    assert {part.top_ids.shape[1] for part in ranked} == {0, 1, 7, VOCAB}
+
+
 def test_nobody_asks(kernels: KernelSet) -> None:
-    ranks = rank_tokens(Distribution(tied_logits(3, 0), kernels), tokens_for(3), [None] * 3)
-    assert ranks.ranks.shape == (0,)
-    assert ranks.top_ids.shape == ranks.top_logprobs.shape == (0, 0)
+    assert rank_tokens(Distribution(tied_logits(3, 0), kernels), tokens_for(3), [None] * 3) == []
