@@ -26,6 +26,7 @@ from isobit.kernels.rope import rope_table
 from isobit.kernels.triton.candidates import bucket_of, candidates
 from isobit.kernels.triton.choose import choose
 from isobit.kernels.triton.linear import TritonLinear
+from isobit.kernels.triton.logits import log_normalisers
 from isobit.kernels.triton.trials import Problem, same_bits, trials
 
 DEVICE = torch.device("cuda")
@@ -211,7 +212,7 @@ def rowwise_ops(shape: Shape, m: int, dtype: torch.dtype) -> dict[str, Callable[
             qkv, shape.q_heads, shape.kv_heads, norm, table, ids
         ),
         "silu_mul": lambda: kernels.silu_mul(gate_up),
-        "log_softmax": lambda: kernels.log_softmax(logits),
+        "log_normalisers": lambda: log_normalisers(logits),
         "choose": lambda: choose(logits, plain),
         "choose, top-k and top-p": lambda: choose(logits, both),
         "choose, top-p": lambda: choose(logits, top_p),
@@ -222,7 +223,7 @@ def bench_rowwise(name: str, shape: Shape, rows: Sequence[int], dtype: torch.dty
     """Lines of microseconds a call, and of a whole step: every layer's ops, then an unfiltered draw
     with its logprobs."""
     a_layer = {"add_rms_norm": 2, "qk norm + rope": 1, "silu_mul": 1}
-    a_step = {"add_rms_norm": 1, "log_softmax": 1, "choose": 1}
+    a_step = {"add_rms_norm": 1, "log_normalisers": 1, "choose": 1}
     lines = []
     for m in rows:
         ops = rowwise_ops(shape, m, dtype)

@@ -78,6 +78,9 @@ class KernelSet:
                      -> q, k, v ``[T, heads, D]``, contiguous, q and k normed and rotated
     silu_mul:        gate_up ``[T, 2I]`` -> silu(gate) * up ``[T, I]``
     log_softmax:     fp32 ``[R, V]`` -> fp32 ``[R, V]``
+    log_normalisers: fp32 ``[R, V]`` -> (maxima, log totals: fp32 ``[R]``), such that log_softmax is
+                     (logit - maximum) - log total, each step rounded to fp32; None where the
+                     sampler takes ``log_softmax`` whole
     gumbel:          (seeds, choices, positions: int64 ``[R]``, vocab_size) -> fp32 ``[R, V]``
     choose:          (edited logits fp32 ``[R, V]``, Draw) -> (token ids int64 ``[R]``, their scores
                      fp32 ``[R]``, not finite where no token is possible); None where the sampler
@@ -98,6 +101,7 @@ class KernelSet:
     rope_qkv: RopeQkv
     silu_mul: Callable[[Tensor], Tensor]
     log_softmax: Callable[[Tensor], Tensor]
+    log_normalisers: Callable[[Tensor], tuple[Tensor, Tensor]] | None
     gumbel: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     choose: Callable[[Tensor, Draw], tuple[Tensor, Tensor]] | None
     write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]

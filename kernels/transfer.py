@@ -18,8 +18,10 @@ def to_device(
     device: torch.device,
 ) -> Tensor:
     """A tensor of the values; the host does not wait for the copy."""
-    # Torch reuses pinned memory only once the copies that read it are done.
-    on_host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    on_host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        # Torch reuses pinned memory only once the copies that read it are done.
+        on_host = on_host.pin_memory()
     return on_host.to(device, non_blocking=True)
 
 

@@ -35,7 +35,7 @@ def edits_logits(row: SamplingRow) -> bool:
 
 
 def edit_logits(logits: Tensor, rows: Sequence[SamplingRow], last_tokens: Tensor | None) -> None:
-    """Change the rows' logits, fp32 ``[R, V]``, contiguous, in place.
+    """Change the rows' logits, fp32 ``[R, V]``, in place.
 
     last_tokens: int64 ``[R]`` on the device, the token of each row that is pending; not None
         where one is
@@ -53,28 +53,25 @@ def edit_logits(logits: Tensor, rows: Sequence[SamplingRow], last_tokens: Tensor
 
 
 def _add_bias(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    vocab = logits.shape[1]
-    pairs = [
-        (i * vocab + t, bias) for i, row in enumerate(rows) for t, bias in row.params.bias_pairs
-    ]
+    pairs = [(i, *pair) for i, row in enumerate(rows) for pair in row.params.bias_pairs]
     if pairs:
-        index = to_device([at for at, _ in pairs], torch.int64, logits.device)
-        bias = to_device([bias for _, bias in pairs], logits.dtype, logits.device)
-        flat = logits.view(-1)
-        flat.scatter_(0, index, flat[index] + bias)
+        row_of, ids, biases = zip(*pairs, strict=True)
+        at = tuple(parts_to_device([row_of, ids], torch.int64, logits.device))
+        bias = to_device(biases, logits.dtype, logits.device)
+        logits.index_put_(at, logits[at] + bias)
 
 
 def _rule_out_the_end(logits: Tensor, rows: Sequence[SamplingRow]) -> None:
-    vocab = logits.shape[1]
     ends = [
-        i * vocab + token_id
+        (i, token_id)
         for i, row in enumerate(rows)
         if _is_short(row)
         for token_id in ending_token_ids(row.params, row.eos_token_ids)
     ]
     if ends:
-        index = to_device(ends, torch.int64, logits.device)
-        logits.view(-1).scatter_(0, index, -torch.inf)
+        row_of, ids = zip(*ends, strict=True)
+        at = tuple(parts_to_device([row_of, ids], torch.int64, logits.device))
+        logits.index_put_(at, logits.new_full((), -torch.inf))
 
 
 def _is_short(row: SamplingRow) -> bool:
@@ -111,12 +108,11 @@ def _penalise(
             device,
         )
     )
-    flat = logits.view(-1)
-    index = row_of[owner] * logits.shape[1] + ids
-    x = flat[index]
+    at = (row_of[owner], ids)
+    x = logits[at]
     x = torch.where(x > 0, x / repetition, x * repetition)
     fewer = x - counts.to(x.dtype) * frequency
-    flat.scatter_(0, index, torch.where(counts > 0, fewer - presence, x))
+    logits.index_put_(at, torch.where(counts > 0, fewer - presence, x))
 
 
 def _listed(rows: Sequence[SamplingRow], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

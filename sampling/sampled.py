@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import isfinite
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..errors import EngineError
 from ..kernels.transfer import HostCopy
-from .ranks import Ranks
+from .ranks import RankedRows
 from .rows import SampledRow
 
 
@@ -23,7 +24,7 @@ class Sampled:
     :param scores: fp32 ``[R]``, what the tokens were chosen for, not finite where none is possible
     :param logprobs: fp32 ``[R]``, of the tokens
     :param num_top: how many of the likeliest tokens each row lists; None without a rank
-    :param ranks: of the rows that have a ``num_top``
+    :param ranked: the rows that have a ``num_top``
     """
 
     def __init__(
@@ -33,12 +34,14 @@ class Sampled:
         scores: Tensor,
         logprobs: Tensor,
         num_top: Sequence[int | None],
-        ranks: Ranks,
+        ranked: Sequence[RankedRows],
     ) -> None:
         self.token_ids = token_ids
         self._num_top = tuple(num_top)
+        self._ranked_rows = [part.rows for part in ranked]
         parts = [highest, scores, token_ids, logprobs]
-        parts += [ranks.ranks, ranks.top_ids, ranks.top_logprobs]
+        for part in ranked:
+            parts += [part.ranks, part.top_ids, part.top_logprobs]
         self._shapes = [part.shape for part in parts]
         # One copy to the host: fp64 holds every id and every fp32 number as it is.
         self._copy = HostCopy(torch.cat([part.double().flatten() for part in parts]))
@@ -48,24 +51,21 @@ class Sampled:
 
         :raises EngineError: where a row holds NaN or +inf, or no possible token.
         """
-        parts = torch.split(self._copy.read(), [shape.numel() for shape in self._shapes])
-        values = [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
-        highest, scores, token_ids, logprobs, ranks, top_ids, top_logprobs = values
+        flat = torch.split(self._copy.read(), [shape.numel() for shape in self._shapes])
+        parts = [part.view(shape) for part, shape in zip(flat, self._shapes, strict=True)]
+        highest, scores, token_ids, logprobs, *ranked = parts
         refuse_unusable(highest)
         _refuse_impossible(scores)
-        asked = iter(
-            zip(ranks.long().tolist(), top_ids.long().tolist(), top_logprobs.tolist(), strict=True)
-        )
-        rows = []
-        for token_id, logprob, count in zip(
-            token_ids.long().tolist(), logprobs.tolist(), self._num_top, strict=True
-        ):
-            if count is None:
-                rows.append(SampledRow(token_id, logprob, None, ()))
-            else:
-                rank, ids, values = next(asked)
-                top = tuple(zip(ids[:count], values[:count], strict=True))
-                rows.append(SampledRow(token_id, logprob, rank, top))
+        rows = [
+            SampledRow(token_id, logprob, None, ())
+            for token_id, logprob in zip(token_ids.long().tolist(), logprobs.tolist(), strict=True)
+        ]
+        for at, which in enumerate(self._ranked_rows):
+            ranks, top_ids, top_logprobs = ranked[3 * at : 3 * at + 3]
+            ids, values = top_ids.long().tolist(), top_logprobs.tolist()
+            for i, rank, *top in zip(which, ranks.long().tolist(), ids, values, strict=True):
+                likeliest = tuple(zip(*top, strict=True))[: self._num_top[i]]
+                rows[i] = replace(rows[i], rank=rank, top=likeliest)
         return rows
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from ..errors import EngineError
 from ..kernels.kernel_set import Draw, KernelSet
 from ..kernels.transfer import parts_to_device, to_device
+from .distribution import Distribution
 from .filters import has_filters, kept_ids
 from .logit_edits import edit_logits, edits_logits
 from .ranks import rank_tokens
@@ -54,13 +55,13 @@ def sample(
     highest = logits.amax(dim=1)  # NaN where the row holds one
     if any(needs_tokens(row.params) for row in rows):
         refuse_unusable(highest)
-    logprobs = kernels.log_softmax(logits)
-    chosen, scores = _choose(logits, logprobs, rows, kernels, last_tokens)
+    model = Distribution(logits, kernels)
+    chosen, scores = _choose(model, rows, kernels, last_tokens)
     # Where no token is possible the id means nothing, and must not lead out of the row.
     chosen = chosen.clamp(max=logits.shape[1] - 1)
     num_top = [row.params.logprobs for row in rows]
-    ranks = rank_tokens(logits, logprobs, chosen, num_top)
-    return Sampled(chosen, highest, scores, _of_each(logprobs, chosen), num_top, ranks)
+    ranked = rank_tokens(model, chosen, num_top)
+    return Sampled(chosen, highest, scores, model.of_each(chosen), num_top, ranked)
 
 
 def score_prompt(
@@ -72,10 +73,10 @@ def score_prompt(
     num_top: how many of the likeliest tokens to list per row; None leaves the rank out too
     """
     highest = logits.amax(dim=1)
-    logprobs = kernels.log_softmax(logits)
+    model = Distribution(logits, kernels)
     given = to_device(targets, torch.int64, logits.device)
-    ranks = rank_tokens(logits, logprobs, given, num_top)
-    return Sampled(given, highest, highest, _of_each(logprobs, given), num_top, ranks)
+    ranked = rank_tokens(model, given, num_top)
+    return Sampled(given, highest, highest, model.of_each(given), num_top, ranked)
 
 
 def _check_pending(rows: Sequence[SamplingRow], last_tokens: Tensor | None) -> None:
@@ -93,16 +94,16 @@ def _check_pending(rows: Sequence[SamplingRow], last_tokens: Tensor | None) -> N
 
 
 def _choose(
-    logits: Tensor,
-    logprobs: Tensor,
+    model: Distribution,
     rows: Sequence[SamplingRow],
     kernels: KernelSet,
     last_tokens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Token ids int64 ``[R]`` and their scores fp32 ``[R]``, not finite where none is possible."""
+    logits = model.logits
     edited = {i for i, row in enumerate(rows) if edits_logits(row)}
     if edited:
-        logits = logits.clone(memory_format=torch.contiguous_format)
+        logits = logits.clone()
         edit_logits(logits, rows, last_tokens)
     if kernels.choose is not None:
         return kernels.choose(logits, _draw(rows, logits))
@@ -111,7 +112,7 @@ def _choose(
     possible = [isfinite(score) for score in best.tolist()]
     drawn = [i for i, row in enumerate(rows) if possible[i] and not row.params.greedy]
     if drawn:
-        tempered = logprobs[drawn]
+        tempered = model.whole()[drawn]
         # A row with neither edits nor temperature keeps the log-softmax that it already has.
         warm = [j for j, i in enumerate(drawn) if i in edited or rows[i].params.temperature != 1.0]
         if warm:
@@ -176,9 +177,4 @@ def _noise(rows: Sequence[SamplingRow], logits: Tensor, kernels: KernelSet) -> T
 def _highest(scores: Tensor) -> tuple[Tensor, Tensor]:
     """The highest of each row, its index and itself; torch documents the first of equals."""
     index = scores.argmax(dim=1)
-    return index, _of_each(scores, index)
-
-
-def _of_each(rows: Tensor, index: Tensor) -> Tensor:
-    """One value of every row, by its index."""
-    return rows.gather(1, index.unsqueeze(1)).squeeze(1)
+    return index, scores.gather(1, index.unsqueeze(1)).squeeze(1)

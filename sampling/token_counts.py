@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
+from ..errors import EngineError
 from .params import SamplingParams
 
 
@@ -20,7 +21,8 @@ def has_penalties(params: SamplingParams) -> bool:
 class TokenCounts:
     """The tokens that one choice's penalties concern, each once, and their counts in its output.
 
-    Kept for as long as the choice lives: each token is counted once, however many steps there are.
+    Kept for as long as the choice lives: each token is counted once, however many steps there are,
+    so tokens may be added to the output but never changed.
 
     ids:    int32 token ids, none twice
     counts: int32, how often the output holds each; 0 for one that only the prompt holds
@@ -36,7 +38,16 @@ class TokenCounts:
         self._num_counted = 0
 
     def update(self, output_token_ids: Sequence[int]) -> None:
-        """Count the tokens that were added to the output since the last call."""
+        """Count the tokens that were added to the output since the last call.
+
+        :raises EngineError: the output is shorter than it was: it is another choice's.
+        """
+        if len(output_token_ids) < self._num_counted:
+            raise EngineError(
+                f"Token counts of an output of {self._num_counted} tokens: wanted the same output "
+                f"or a longer one, given {len(output_token_ids)} tokens. Keep one TokenCounts for "
+                "each choice."
+            )
         for token_id in output_token_ids[self._num_counted :]:
             place = self._places.setdefault(token_id, len(self.ids))
             if place == len(self.ids):

@@ -29,34 +29,40 @@ def _sums(
 
 
 @triton.jit
-def _subtract(
-    x_ptr,
-    maxima_ptr,
-    sums_ptr,
-    out_ptr,
-    VOCAB: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDTH: tl.constexpr,
+def _log_totals(
+    maxima_ptr, sums_ptr, high_ptr, log_total_ptr, BLOCKS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, WIDTH)
-    sums = tl.load(sums_ptr + row * WIDTH + i, mask=i < tl.num_programs(1), other=0.0)
+    sums = tl.load(sums_ptr + row * WIDTH + i, mask=i < BLOCKS, other=0.0)
     total = tl.full((1,), 0.0, tl.float64) + tl.sum(sums).to(tl.float64)
-    log_total = log_f64(total).to(tl.float32)
-    ids = block * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * VOCAB + ids, mask=ids < VOCAB, other=0.0)
-    shifted = x - highest_of(maxima_ptr, row, WIDTH)
-    tl.store(out_ptr + row * VOCAB + ids, shifted - log_total, mask=ids < VOCAB)
+    tl.store(log_total_ptr + row + tl.arange(0, 1), log_f64(total).to(tl.float32))
+    tl.store(high_ptr + row, highest_of(maxima_ptr, row, WIDTH))
+
+
+def log_normalisers(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 ``[R, V]`` -> each row's maximum and the logarithm of its sum, fp32 ``[R]`` both."""
+    logits = aligned(logits)
+    rows, vocab = logits.shape
+    high, log_total = logits.new_empty(2, rows)
+    if logits.numel():
+        programs, maxima = grid(rows, vocab), block_maxima(logits)
+        sums = torch.empty_like(maxima)
+        _sums[programs](logits, maxima, sums, num_warps=4, **sizes(vocab), **NO_FMA)
+        _log_totals[(rows,)](
+            maxima,
+            sums,
+            high,
+            log_total,
+            BLOCKS=programs[1],
+            WIDTH=maxima.shape[1],
+            num_warps=4,
+            **NO_FMA,
+        )
+    return high, log_total
 
 
 def log_softmax(logits: Tensor) -> Tensor:
     """fp32 ``[R, V]`` -> fp32 ``[R, V]``."""
-    logits = aligned(logits)
-    out = torch.empty_like(logits)
-    maxima = block_maxima(logits)
-    sums = torch.empty_like(maxima)
-    if out.numel():
-        programs, constants = grid(*out.shape), sizes(out.shape[1]) | NO_FMA
-        _sums[programs](logits, maxima, sums, num_warps=4, **constants)
-        _subtract[programs](logits, maxima, sums, out, num_warps=4, **constants)
-    return out
+    high, log_total = log_normalisers(logits)
+    return (logits - high.unsqueeze(1)) - log_total.unsqueeze(1)

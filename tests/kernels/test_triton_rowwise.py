@@ -130,6 +130,20 @@ def test_log_softmax_close_to_fp64(ours: KernelSet, vocab: int) -> None:
     torch.testing.assert_close(result[finite].double(), exact[finite], rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab", [1, 4095, 9001])
+def test_a_logprob_out_of_the_normalisers_has_the_bits_of_log_softmax(
+    ours: KernelSet, vocab: int
+) -> None:
+    logits = normal(5, vocab)
+    logits[:, 1::5] = -torch.inf
+    assert ours.log_normalisers is not None
+    highest, log_totals = ours.log_normalisers(logits)
+    assert torch.equal(highest, logits.amax(1))
+    high, log_total = highest.unsqueeze(1), log_totals.unsqueeze(1)
+    assert same_bits((logits - high) - log_total, ours.log_softmax(logits))
+    assert vocab == 1 or not same_bits(logits - (high + log_total), ours.log_softmax(logits))
+
+
 def run_all(kernels: KernelSet, dtype: torch.dtype, which: Tensor) -> list[Tensor]:
     """Every row-wise op on the rows ``which`` of 21, side by side a row."""
     x, residual = normal(21, 200, dtype=dtype)[which], normal(21, 200, dtype=dtype).flip(0)[which]

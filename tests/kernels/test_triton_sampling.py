@@ -267,6 +267,21 @@ def test_a_greedy_sample_with_edits_is_that_of_torch(ours: KernelSet) -> None:
     assert results[3].token_id != 0
 
 
+def test_pending_rows_are_as_known_ones(ours: KernelSet) -> None:
+    """With every parameter on, and tokens that are already listed, or not."""
+    edits = {"repetition_penalty": 1.3, "frequency_penalty": 1.4, "presence_penalty": -0.2}
+    others = {"logit_bias": {5: 2.0}, "min_tokens": 3, "logprobs": 4}
+    rows = rows_of([SamplingParams(**edits, **others, **p) for p in FILTERS])
+    rows = [replace(row, output_token_ids=[2, 4, (5, 300, 4)[i % 3]]) for i, row in enumerate(rows)]
+    pending = [replace(row, output_token_ids=[2, 4], pending=True) for row in rows]
+    last = torch.tensor([row.output_token_ids[-1] for row in rows], device=DEVICE)
+    logits = logits_of(len(rows))
+    logits[:, :6] = 12.0
+    known = sample(logits, rows, ours).read()
+    assert sample(logits, pending, ours, last).read() == known
+    assert sample(logits, pending, ours, last + 6).read() != known
+
+
 def neighbours_change_a_row(kernels: KernelSet) -> bool:
     """Whether some row's token, score or logprob differs between a batch, its reverse and alone."""
     edits = {"repetition_penalty": 1.3, "logit_bias": {7: 2.0}, "top_p": 0.8}
@@ -301,5 +316,7 @@ def test_a_draw_that_looks_at_the_batch_is_caught(ours: KernelSet) -> None:
 def test_a_row_without_any_possible_token_is_an_error(ours: KernelSet, temperature: float) -> None:
     params = SamplingParams(temperature=temperature, min_tokens=5, stop_token_ids=[0, 1, 2])
     rows = rows_of([SamplingParams(), params])
+    sampled = sample(torch.zeros(2, 3, device=DEVICE), rows, ours)
+    assert 0 <= int(sampled.token_ids[1]) < 3
     with pytest.raises(EngineError, match="Row 1 leaves no token"):
-        sample(torch.zeros(2, 3, device=DEVICE), rows, ours).read()
+        sampled.read()
