@@ -91,6 +91,71 @@ def test_graphs_give_the_bits_of_eager_steps(model: str, dtype: str) -> None:
     assert set(used) == {1, 2, 4, 8, 16}
 
 
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_steps_ahead_give_the_bits_of_steps_that_wait(cuda_graph: bool) -> None:
+    found = []
+    for ahead in (False, True):
+        options = PLAIN | {"cuda_graph": cuda_graph, "async_scheduling": ahead}
+        with LLM("tiny-qwen3", dtype="bfloat16", **options) as llm:
+            outputs = llm.generate(prompts(40), every_parameter(40), use_tqdm=False)
+            found.append([transcripts(output) for output in outputs])
+    assert found[0] == found[1]
+
+
+def every_parameter(count: int) -> list[SamplingParams]:
+    return [
+        SamplingParams(
+            max_tokens=5 + i,
+            temperature=i % 3 * 0.6,
+            top_k=(-1, 9)[i % 2],
+            top_p=(1.0, 0.9)[i // 2 % 2],
+            min_p=(0.0, 0.01)[i // 3 % 2],
+            repetition_penalty=(1.0, 1.2)[i // 2 % 2],
+            frequency_penalty=(0.0, 0.5)[i // 3 % 2],
+            presence_penalty=(0.0, 0.2)[i // 5 % 2],
+            logit_bias=(None, {7: 1.5, 9: -3.0})[i // 7 % 2],
+            min_tokens=(0, 4)[i % 2],
+            stop_token_ids=((), (11, 12, 13))[i // 2 % 2],
+            logprobs=(None, 0, 3)[i % 3],
+            prompt_logprobs=(None, None, None, 2)[i % 4],
+            seed=i,
+        )
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_a_launch_never_waits_for_the_device(
+    cuda_graph: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch raises where a call would; the first round chooses the linears, which does wait."""
+    with LLM("tiny-qwen3", dtype="bfloat16", **PLAIN | {"cuda_graph": cuda_graph}) as llm:
+        expected = llm.generate(prompts(40), every_parameter(40), use_tqdm=False)
+        llm.flush_cache()
+        launch = llm.engine.runner.launch
+
+        def watched(step: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return launch(step)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(llm.engine.runner, "launch", watched)
+        again = llm.generate(prompts(40), every_parameter(40), use_tqdm=False)
+        assert [transcripts(o) for o in again] == [transcripts(o) for o in expected]
+        prepare = llm.engine.runner.prepare
+
+        def waits(seqs: Any) -> Any:
+            batch = prepare(seqs)
+            batch.token_ids.sum().item()
+            return batch
+
+        monkeypatch.setattr(llm.engine.runner, "prepare", waits)
+        with pytest.raises(RuntimeError, match="synchroniz"):  # the watch can tell
+            llm.generate(prompts(2), sampled(2), use_tqdm=False)
+
+
 def test_frozen_lengths_are_caught() -> None:
     """The negative control: graphs that keep the lengths of their capture."""
     with LLM("tiny-qwen3", dtype="bfloat16", **PLAIN) as llm:
