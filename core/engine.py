@@ -18,6 +18,7 @@ from ..sampling.params import SamplingParams
 from ..sampling.rows import needs_tokens
 from ..sampling.sampler import SampledRow
 from ..sampling.stopping import Finish, FinishReason
+from ..sampling.token_counts import TokenCounts, has_penalties
 from .launched import Launched, SeqResult
 from .outputs import RequestOutput, StreamChunk
 from .progress import Choice, Group
@@ -96,6 +97,7 @@ class Engine:
                 params=own,
                 choice=index,
                 num_scored_tokens=score_from - 1,
+                token_counts=TokenCounts(own, prompt_token_ids) if has_penalties(own) else None,
             )
             detokenizer = Detokenizer(self.tokenizer, own, group.prompt_token_ids)
             group.choices.append(Choice(request, detokenizer))

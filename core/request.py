@@ -8,6 +8,7 @@ from enum import Enum
 from ..cache.radix import RadixNode
 from ..sampling.params import SamplingParams
 from ..sampling.stopping import FinishReason
+from ..sampling.token_counts import TokenCounts
 
 
 class RequestStatus(Enum):
@@ -33,6 +34,7 @@ class Request:
     step; it is set at each admission. Of the tokens below ``num_scored_tokens`` no logit row is
     wanted for scoring: it was computed, perhaps before a preemption, or not asked for. ``lock``
     holds the radix path whose pages ``page_ids`` begins with; those after are the request's own.
+    ``token_counts`` is what penalties look at, None where there are none.
     """
 
     request_id: str
@@ -53,6 +55,7 @@ class Request:
     num_preemptions: int = 0
     page_ids: list[int] = field(default_factory=list)
     lock: RadixNode | None = None
+    token_counts: TokenCounts | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -225,6 +225,7 @@ class Runner:
             eos_token_ids=self.eos_token_ids,
             request_id=request.group_id,
             pending=seq.pending,
+            counts=request.token_counts,
         )
 
     @contextmanager

@@ -142,7 +142,7 @@ def penalises_by_a_neighbour(engine: Engine) -> None:
 
     def penalises(seq: ScheduledSeq) -> SamplingRow:
         first = engine.scheduler.running[0]
-        return replace(row(seq), output_token_ids=first.output_token_ids)
+        return replace(row(seq), output_token_ids=first.output_token_ids, counts=None)
 
     engine.runner._sampling_row = penalises
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -68,8 +69,8 @@ def test_a_sampler_that_sees_its_neighbours_is_caught(monkeypatch: pytest.Monkey
 
     original = runner.sample
 
-    def leaky(logits: Tensor, rows: list[object], kernels: object) -> object:
-        return original(logits + 1e-3 * len(rows) * torch.arange(logits.shape[1]), rows, kernels)  # type: ignore[arg-type]
+    def leaky(logits: Tensor, rows: list[Any], *rest: Any) -> object:
+        return original(logits + 1e-3 * len(rows) * torch.arange(logits.shape[1]), rows, *rest)
 
     monkeypatch.setattr(runner, "sample", leaky)
     with LLM("tiny-llama", load_format="random") as llm:
@@ -85,8 +86,8 @@ def test_a_sampler_that_reads_the_global_generator_is_caught(
 
     original = runner.sample
 
-    def noisy(logits: Tensor, rows: list[object], kernels: object) -> object:
-        return original(logits + torch.rand(()), rows, kernels)  # type: ignore[arg-type]
+    def noisy(logits: Tensor, *rest: Any) -> object:
+        return original(logits + torch.rand(()), *rest)
 
     monkeypatch.setattr(runner, "sample", noisy)
     with LLM("tiny-llama", load_format="random") as llm:
