@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..cache.pages import PagePool
@@ -83,3 +84,15 @@ def check_admissible(request: Request, config: SchedulerConfig, pool: PagePool) 
             f"of {pool.page_size} tokens; the cache has {pool.num_pages}. Lower max_tokens or "
             "shorten the prompt, or start the engine with a larger kv_cache_memory."
         )
+
+
+def check_prompt(prompt_token_ids: Sequence[int], vocab_size: int) -> None:
+    """Check that a prompt is made of token ids.
+
+    :raises RequestError: naming the first that is none.
+    """
+    for index, token in enumerate(prompt_token_ids):
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise RequestError(
+                f"prompt token {index} was {token!r}; wanted a token id from 0 to {vocab_size - 1}."
+            )

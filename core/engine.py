@@ -19,6 +19,7 @@ from ..sampling.rows import needs_tokens
 from ..sampling.sampler import SampledRow
 from ..sampling.stopping import Finish, FinishReason
 from ..sampling.token_counts import TokenCounts, has_penalties
+from .admission import check_prompt
 from .launched import Launched, SeqResult
 from .outputs import RequestOutput, StreamChunk
 from .progress import Choice, Group
@@ -78,7 +79,12 @@ class Engine:
             raise RequestError(
                 f"request id {request_id!r} is in use. Pass another, or abort that request first."
             )
-        self._check(prompt_token_ids, params)
+        check_prompt(prompt_token_ids, self.vocab_size)
+        params.check_vocabulary(self.vocab_size, self.runner.eos_token_ids)
+        if params.stop_strings and self.tokenizer is None:
+            raise RequestError(
+                "stop strings need a tokenizer and this model has none. Use stop_token_ids."
+            )
         if not 1 <= score_from <= max(1, len(prompt_token_ids)):
             raise RequestError(
                 f"score_from was {score_from}; wanted 1 to the prompt's {len(prompt_token_ids)}."
@@ -181,19 +187,6 @@ class Engine:
     def unfinished_ids(self) -> list[str]:
         """Ids of the requests on their way, oldest first."""
         return list(self._groups)
-
-    def _check(self, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
-        vocab = self.vocab_size
-        for index, token in enumerate(prompt_token_ids):
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise RequestError(
-                    f"prompt token {index} was {token!r}; wanted a token id from 0 to {vocab - 1}."
-                )
-        params.check_vocabulary(vocab, self.runner.eos_token_ids)
-        if params.stop_strings and self.tokenizer is None:
-            raise RequestError(
-                "stop strings need a tokenizer and this model has none. Use stop_token_ids."
-            )
 
     def _submit(self, group: Group) -> None:
         try:
