@@ -17,7 +17,7 @@ from torch import Tensor
 from ..backends.base import AttentionBackend, Batch, LayerCache
 from ..errors import BackendError
 from ..kernels.kernel_set import KernelSet
-from ..models.decoder import Decoder
+from ..models.decoder import Attend, Decoder, WrittenAttention
 from ..sampling.sampler import SampledRow, SamplingRow, sample, score_prompt
 from .devices import current_device
 from .graphs import DecodeGraphs
@@ -49,7 +49,7 @@ class SeqResult:
 class Runner:
     """A model with its backend, caches and kernels.
 
-    ``backend_name`` is what errors call the backend.
+    ``backend_name`` is what errors call the backend; ``engine_writes_kv`` is as it declares.
 
     ``graphs`` are the captured decode steps, where there are any.
 
@@ -65,6 +65,7 @@ class Runner:
         sampling_seed: int,
         eos_token_ids: tuple[int, ...],
         backend_name: str,
+        engine_writes_kv: bool,
     ) -> None:
         self.decoder = decoder
         self.backend = backend
@@ -74,6 +75,7 @@ class Runner:
         self.sampling_seed = sampling_seed
         self.eos_token_ids = eos_token_ids
         self.backend_name = backend_name
+        self.engine_writes_kv = engine_writes_kv
         self.observer: Observer | None = None
         self.graphs: DecodeGraphs | None = None
 
@@ -122,7 +124,16 @@ class Runner:
                 self.backend.run(q, k, v, self.layers[layer], plan, out)
             return out
 
-        return self.decoder.forward(batch.token_ids, batch.positions, attend)
+        def attend_written(layer: int, q: Tensor) -> Tensor:
+            out = torch.empty_like(q)
+            with self._blaming("run_written"):
+                self.backend.run_written(q, self.layers[layer], plan, out)
+            return out
+
+        attention: Attend | WrittenAttention = attend
+        if self.engine_writes_kv:
+            attention = WrittenAttention(self.layers, batch.slot_mapping, attend_written)
+        return self.decoder.forward(batch.token_ids, batch.positions, attention)
 
     def _finish(
         self, seqs: Sequence[ScheduledSeq], hidden: Tensor, owners: RowOwners
