@@ -79,8 +79,7 @@ class Capabilities:
                        every cut is a multiple of ``alignment`` tokens
     alignment:         where a prompt may be cut and a reused prefix may end: multiples of this
     decode_equals_prefill: a decode step gives the bits that a prefill gives for that position
-    engine_writes_kv:  the engine writes each step's K and V, in the layout that
-                       ``kv_cache_shape`` has unless it is overridden, and calls ``run_written``;
+    engine_writes_kv:  the engine writes K and V into the cache, and calls ``run_written``;
                        otherwise the backend writes them, in ``run``
 
     :raises ConfigError: a feature that does not exist, or a value of the wrong type.
