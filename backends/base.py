@@ -2,8 +2,9 @@
 
 The engine knows backends only through this file. A backend is one object per engine. It owns
 the *shape* of its KV cache (``kv_cache_shape``), turns each step's ``Batch`` into a plan of its
-own once (``plan``), and then runs every layer against that plan (``run``). ``docs/plugins.md``
-explains the contract with examples; ``API_VERSION`` is its version.
+own once (``plan``), and then runs every layer against that plan (``run``, or ``run_written`` where
+it declares ``engine_writes_kv``). ``docs/plugins.md`` explains the contract with examples;
+``API_VERSION`` is its version.
 
 All calls come from one thread, on a CUDA device on one stream, in this order::
 
@@ -140,6 +141,8 @@ class AttentionBackend(ABC):
 
         The first axis must be the page. The engine allocates both, uninitialised: a slot that no
         sequence has written may hold anything, NaN too, and must not reach ``out``.
+
+        A backend that declares ``engine_writes_kv`` keeps this shape.
         """
         c = self.config
         return (num_pages, c.page_size, c.num_kv_heads, c.head_dim)
@@ -154,7 +157,6 @@ class AttentionBackend(ABC):
         before the copy is done, because the next step is planned while this one still runs.
         """
 
-    @abstractmethod
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, layer: LayerCache, plan: Any, out: Tensor
     ) -> None:
@@ -168,6 +170,14 @@ class AttentionBackend(ABC):
         Row ``t`` of ``k`` and ``v`` goes to slot ``slot_mapping[t]``, and no other slot is written.
         Nothing is kept of ``q``, ``k``, ``v`` and ``out``: their memory is reused at once.
         """
+        raise NotImplementedError(f"{type(self).__name__} declares engine_writes_kv")
+
+    def run_written(self, q: Tensor, layer: LayerCache, plan: Any, out: Tensor) -> None:
+        """``run`` of a backend that declares ``engine_writes_kv``: attend, and write only ``out``.
+
+        Row ``t`` of this step's K and V lies in slot ``slot_mapping[t]`` of ``layer`` already.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not declare engine_writes_kv")
 
     def capture(self, max_num_seqs: int) -> None:
         """Make ready for captured graphs; called once, only where ``cuda_graph`` is declared.

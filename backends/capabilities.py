@@ -34,6 +34,10 @@ FEATURES: Mapping[str, str] = MappingProxyType(
 """Every feature that a backend can declare or a start-up can ask for, with its meaning."""
 
 
+FLAGS = ("deterministic", "chunk_invariant", "decode_equals_prefill", "engine_writes_kv")
+"""The fields of ``Capabilities`` that are true or false."""
+
+
 @dataclass(frozen=True, slots=True)
 class Supported:
     """The feature holds without condition."""
@@ -75,6 +79,8 @@ class Capabilities:
                        every cut is a multiple of ``alignment`` tokens
     alignment:         where a prompt may be cut and a reused prefix may end: multiples of this
     decode_equals_prefill: a decode step gives the bits that a prefill gives for that position
+    engine_writes_kv:  the engine writes K and V into the cache, and calls ``run_written``;
+                       otherwise the backend writes them, in ``run``
 
     :raises ConfigError: a feature that does not exist, or a value of the wrong type.
     """
@@ -89,6 +95,7 @@ class Capabilities:
     chunk_invariant: bool = False
     alignment: int = 1
     decode_equals_prefill: bool = False
+    engine_writes_kv: bool = False
 
     def __post_init__(self) -> None:
         for name in ("dtypes", "devices", "head_dims", "page_sizes"):

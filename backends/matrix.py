@@ -146,9 +146,17 @@ def load_factory(spec: BackendSpec) -> type[AttentionBackend]:
         raise ConfigError(f"{prefix}: {module_name} has no {class_name}. Mend the plugin.")
     if not (inspect.isclass(factory) and issubclass(factory, AttentionBackend)):
         raise ConfigError(f"{prefix} is no subclass of AttentionBackend. Mend the plugin.")
-    if inspect.isabstract(factory):
-        missing = ", ".join(sorted(factory.__abstractmethods__))
-        raise ConfigError(f"{prefix} does not implement {missing}. Mend the plugin.")
+    written = spec.capabilities.engine_writes_kv
+    call, shape = "run_written" if written else "run", "kv_cache_shape"
+    inherited = {n for n in (call, shape) if getattr(factory, n) is getattr(AttentionBackend, n)}
+    missing = sorted(factory.__abstractmethods__ | (inherited - {shape}))
+    if missing:
+        raise ConfigError(f"{prefix} does not implement {', '.join(missing)}. Mend the plugin.")
+    if written and shape not in inherited:
+        raise ConfigError(
+            f"{prefix} has a kv_cache_shape of its own, and declares engine_writes_kv: the engine "
+            "writes one layout only. Mend the plugin."
+        )
     return factory
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from .capabilities import (
     FEATURES,
+    FLAGS,
     Cell,
     Conditional,
     Refusal,
@@ -97,6 +98,7 @@ def _row(
         "chunk_invariant": offers.chunk_invariant,
         "alignment": offers.alignment,
         "decode_equals_prefill": offers.decode_equals_prefill,
+        "engine_writes_kv": offers.engine_writes_kv,
         "features": {
             name: _cell(cell_for(name, requirements, spec) if requirements else offers.cell(name))
             for name in FEATURES
@@ -127,10 +129,7 @@ def _grid(rows: list[Row]) -> tuple[list[list[str]], list[str]]:
             [name, *(_set(row[name]) for row in rows)]
             for name in ("dtypes", "head_dims", "page_sizes")
         ),
-        *(
-            [name, *("yes" if row[name] else "no" for row in rows)]
-            for name in ("deterministic", "chunk_invariant", "decode_equals_prefill")
-        ),
+        *([name, *("yes" if row[name] else "no" for row in rows)] for name in FLAGS),
         ["alignment", *(str(row["alignment"]) for row in rows)],
         *([name, *(_feature(name, row, notes) for row in rows)] for name in FEATURES),
     ]

@@ -24,10 +24,7 @@ class TorchAttention(AttentionBackend):
     def plan(self, batch: Batch) -> Batch:
         return batch
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: LayerCache, plan: Batch, out: Tensor
-    ) -> None:
-        self._kernels.write_kv(k, v, layer.k, layer.v, plan.slot_mapping)
+    def run_written(self, q: Tensor, layer: LayerCache, plan: Batch, out: Tensor) -> None:
         self._kernels.paged_attention(
             q,
             layer.k,

@@ -32,6 +32,7 @@ def isobit_attention_backends() -> list[BackendSpec]:
                 deterministic=True,
                 chunk_invariant=True,
                 decode_equals_prefill=True,
+                engine_writes_kv=True,
             ),
         )
     ]

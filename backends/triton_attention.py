@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..kernels.triton.decode import Partials, allocate_room, attend_decode, partial_slots
-from ..kernels.triton.kv_write import write_kv
 from ..kernels.triton.prefill import attend_prefill, prefill_work
 from ..kernels.triton.tiling import Scoring, Tiling, default_tiling
 from .base import AttentionBackend, AttentionConfig, Batch, LayerCache
@@ -77,11 +76,8 @@ class TritonAttention(AttentionBackend):
         work = self._work(batch) if batch.num_decodes < batch.num_seqs else None
         return TritonPlan(batch, partials, work)
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, layer: LayerCache, plan: TritonPlan, out: Tensor
-    ) -> None:
+    def run_written(self, q: Tensor, layer: LayerCache, plan: TritonPlan, out: Tensor) -> None:
         batch, scoring, tiling = plan.batch, self._scorings[layer.index], self._tiling
-        write_kv(k, v, layer.k, layer.v, batch.slot_mapping)
         if plan.partials is not None:
             attend_decode(
                 q,

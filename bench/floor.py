@@ -57,6 +57,8 @@ class Cost:
 def op_costs(model: ModelConfig, itemsize: int, step: StepShape) -> dict[str, Cost]:
     """What each op moves and multiplies, over all layers.
 
+    The new tokens' K and V are written once, which counts as attention's, and are rope's output.
+
     :param itemsize: bytes of a weight, an activation and an element of the KV cache.
     """
     m, layers, rows = model, model.num_layers, step.tokens

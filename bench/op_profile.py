@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 _PREFIX = "isobit:"
 _STEP, _LAUNCH = "step", "launch"
 _LINEARS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-_KERNELS = {"rms_norm": "norm", "add_rms_norm": "norm", "rope_qkv": "rope", "silu_mul": "act"}
+_KERNELS = {
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "rope_qkv": "rope",
+    "rope_qkv_write": "rope",
+    "silu_mul": "act",
+}
 _ON_DEVICE = {"kernel", "gpu_memcpy", "gpu_memset"}
 _LAUNCHES = {"cuda_runtime", "cuda_driver"}
 
@@ -91,6 +97,7 @@ def op_ranges(engine: Engine) -> Iterator[None]:
         (engine, "step", _STEP),
         (runner, "launch", _LAUNCH),
         (runner.backend, "run", "attention"),
+        (runner.backend, "run_written", "attention"),
         (decoder, "logits", "lm_head"),
         *((layer, name, name) for layer in decoder.layers for name in _LINEARS),
     ]

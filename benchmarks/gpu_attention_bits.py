@@ -59,17 +59,16 @@ class Case:
             num_decodes=decodes,
         )
 
-    def inputs(self, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (torch.cat([x[b][a:e] for b, a, e in parts]) for x in (self.q, self.k, self.v))
-        return q, k, v
+    def queries(self, parts: list[Part]) -> Tensor:
+        return torch.cat([self.q[b][a:e] for b, a, e in parts])
 
     def attend(
         self, parts: list[Part], decodes: int = 0, tiling: Tiling | None = None
     ) -> list[Tensor]:
         backend, batch = TritonAttention(self.config, tiling), self.batch(parts, decodes)
-        q, k, v = self.inputs(parts)
+        q = self.queries(parts)
         out = torch.full_like(q, torch.nan)
-        backend.run(q, k, v, self.cache, backend.plan(batch), out)
+        backend.run_written(q, self.cache, backend.plan(batch), out)
         return list(torch.split(out, list(batch.query_lens)))
 
 
@@ -148,12 +147,9 @@ def graph_decode(case: Case, lengths: list[int]) -> list[Tensor]:
     backend.capture(len(lengths))
     last = [(b, n - 1, n) for b, n in enumerate(lengths)]
     batch = case.batch([(b, 0, 1) for b in range(len(lengths))], len(lengths))
-    q, k, v = case.inputs(last)
+    q = case.queries(last)
     plan, out = backend.plan(batch), torch.empty_like(q)
-    scratch = LayerCache(0, case.cache.k.clone(), case.cache.v.clone())
-    graph = capture(lambda: backend.run(q, k, v, scratch, plan, out))
-    scratch.k.copy_(case.cache.k)
-    scratch.v.copy_(case.cache.v)
+    graph = capture(lambda: backend.run_written(q, case.cache, plan, out))
     now = case.batch(last, len(lengths))
     for name in ("slot_mapping", "seq_lens", "block_table"):
         getattr(batch, name).copy_(getattr(now, name))

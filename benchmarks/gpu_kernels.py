@@ -190,6 +190,8 @@ def rowwise_ops(shape: Shape, m: int, dtype: torch.dtype) -> dict[str, Callable[
     norm = QkNorm(normal(shape.head_dim, dtype=dtype), normal(shape.head_dim, dtype=dtype), 1e-6)
     table = rope_table(torch.logspace(0, -4, shape.head_dim // 2), 4096).to(DEVICE)
     ids = torch.arange(m, device=DEVICE)
+    pages = (-(-m // 16), 16, shape.kv_heads, shape.head_dim)
+    k_cache, v_cache = normal(*pages, dtype=dtype), normal(*pages, dtype=dtype)
     gate_up = normal(m, 2 * shape.intermediate, dtype=dtype)
     logits = normal(m, shape.vocab, dtype=torch.float32)
 
@@ -208,8 +210,8 @@ def rowwise_ops(shape: Shape, m: int, dtype: torch.dtype) -> dict[str, Callable[
     plain, both, top_p = draw(0), draw(m), draw(m, shape.vocab)
     return {
         "add_rms_norm": lambda: kernels.add_rms_norm(x, residual, weight, 1e-6),
-        "qk norm + rope": lambda: kernels.rope_qkv(
-            qkv, shape.q_heads, shape.kv_heads, norm, table, ids
+        "qk norm + rope + write": lambda: kernels.rope_qkv_write(
+            qkv, shape.q_heads, shape.kv_heads, norm, table, ids, k_cache, v_cache, ids
         ),
         "silu_mul": lambda: kernels.silu_mul(gate_up),
         "log_normalisers": lambda: log_normalisers(logits),
@@ -222,7 +224,7 @@ def rowwise_ops(shape: Shape, m: int, dtype: torch.dtype) -> dict[str, Callable[
 def bench_rowwise(name: str, shape: Shape, rows: Sequence[int], dtype: torch.dtype) -> list[str]:
     """Lines of microseconds a call, and of a whole step: every layer's ops, then an unfiltered draw
     with its logprobs."""
-    a_layer = {"add_rms_norm": 2, "qk norm + rope": 1, "silu_mul": 1}
+    a_layer = {"add_rms_norm": 2, "qk norm + rope + write": 1, "silu_mul": 1}
     a_step = {"add_rms_norm": 1, "log_normalisers": 1, "choose": 1}
     lines = []
     for m in rows:

@@ -17,7 +17,7 @@ from ..backends.base import AttentionBackend, Batch, LayerCache
 from ..errors import BackendError, EngineError
 from ..kernels.kernel_set import KernelSet
 from ..kernels.transfer import to_device
-from ..models.decoder import Decoder
+from ..models.decoder import Attend, Decoder, WrittenAttention
 from ..sampling.sampled import Sampled
 from ..sampling.sampler import SamplingRow, sample, score_prompt
 from .devices import current_device
@@ -40,7 +40,7 @@ Observer = Callable[[str, Tensor, RowOwners], None]
 class Runner:
     """A model with its backend, caches and kernels.
 
-    ``backend_name`` is what errors call the backend.
+    ``backend_name`` is what errors call the backend; ``engine_writes_kv`` is as it declares.
 
     ``graphs`` are the captured decode steps, where there are any.
 
@@ -56,6 +56,7 @@ class Runner:
         sampling_seed: int,
         eos_token_ids: tuple[int, ...],
         backend_name: str,
+        engine_writes_kv: bool,
     ) -> None:
         self.decoder = decoder
         self.backend = backend
@@ -65,6 +66,7 @@ class Runner:
         self.sampling_seed = sampling_seed
         self.eos_token_ids = eos_token_ids
         self.backend_name = backend_name
+        self.engine_writes_kv = engine_writes_kv
         self.observer: Observer | None = None
         self.graphs: DecodeGraphs | None = None
         self._last: Launched | None = None
@@ -132,7 +134,16 @@ class Runner:
                 self.backend.run(q, k, v, self.layers[layer], plan, out)
             return out
 
-        return self.decoder.forward(batch.token_ids, batch.positions, attend)
+        def attend_written(layer: int, q: Tensor) -> Tensor:
+            out = torch.empty_like(q)
+            with self._blaming("run_written"):
+                self.backend.run_written(q, self.layers[layer], plan, out)
+            return out
+
+        attention: Attend | WrittenAttention = attend
+        if self.engine_writes_kv:
+            attention = WrittenAttention(self.layers, batch.slot_mapping, attend_written)
+        return self.decoder.forward(batch.token_ids, batch.positions, attention)
 
     def _fill_pending(self, seqs: Sequence[ScheduledSeq], batch: Batch) -> None:
         """Copy the tokens that only the device knows from the last step to this one's rows."""

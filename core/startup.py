@@ -76,6 +76,7 @@ def _start(
         config.sampling_seed,
         model.eos_token_ids,
         selection.spec.name,
+        selection.spec.capabilities.engine_writes_kv,
     )
     if selection.features["cuda_graph"].value:
         runner.graphs = _graphs(config, runner)

@@ -41,8 +41,10 @@ def read_records(host: PluginHost) -> list[dict[str, Any]]:
         backend = host.backends().get(record["backend"])
         if backend is None:
             continue
-        today = {name: said for name, said, _ in declarations(backend.spec.capabilities)}
-        then = {name: cell["declared"] for name, cell in record["cells"].items()}
+        declared = declarations(backend.spec.capabilities)
+        today = {name: said for name, said, absent in declared if not absent}
+        cells = record["cells"].items()
+        then = {n: cell["declared"] for n, cell in cells if cell["verdict"] != "not declared"}
         if today != then:
             changed = sorted(n for n in today | then if today.get(n) != then.get(n))
             raise SystemExit(

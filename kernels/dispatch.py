@@ -18,13 +18,18 @@ PROVIDERS = ("native", "torch")
 UNCONSTRAINED = "library"
 """torch's own defaults, which keep none; never taken unless asked for by name."""
 
+_ROPE_NATIVE = rope.split_norm_rope(norm.rms_norm_native, rope.rope_native)
+_ROPE_TORCH = rope.split_norm_rope(norm.rms_norm_torch, rope.rope_torch)
+_ROPE_LIBRARY = rope.split_norm_rope(library_defaults.rms_norm_library, rope.rope_torch)
+
 _NATIVE = KernelSet(
     name="native",
     linear=linear.NativeLinear,
     rms_norm=norm.rms_norm_native,
     add_rms_norm=norm.add_rms_norm_native,
     rope=rope.rope_native,
-    rope_qkv=rope.split_norm_rope(norm.rms_norm_native, rope.rope_native),
+    rope_qkv=_ROPE_NATIVE,
+    rope_qkv_write=rope.rope_then_write(_ROPE_NATIVE, attention.write_kv),
     silu_mul=activation.silu_mul_native,
     log_softmax=logits.log_softmax_native,
     log_normalisers=None,
@@ -40,7 +45,8 @@ _TORCH = KernelSet(
     rms_norm=norm.rms_norm_torch,
     add_rms_norm=norm.add_rms_norm_torch,
     rope=rope.rope_torch,
-    rope_qkv=rope.split_norm_rope(norm.rms_norm_torch, rope.rope_torch),
+    rope_qkv=_ROPE_TORCH,
+    rope_qkv_write=rope.rope_then_write(_ROPE_TORCH, attention.write_kv),
     silu_mul=activation.silu_mul_torch,
     log_softmax=logits.log_softmax_torch,
     log_normalisers=None,
@@ -56,7 +62,8 @@ _LIBRARY = KernelSet(
     rms_norm=library_defaults.rms_norm_library,
     add_rms_norm=library_defaults.add_rms_norm_library,
     rope=rope.rope_torch,
-    rope_qkv=rope.split_norm_rope(library_defaults.rms_norm_library, rope.rope_torch),
+    rope_qkv=_ROPE_LIBRARY,
+    rope_qkv_write=rope.rope_then_write(_ROPE_LIBRARY, attention.write_kv),
     silu_mul=library_defaults.silu_mul_library,
     log_softmax=library_defaults.log_softmax_library,
     log_normalisers=None,
@@ -82,6 +89,7 @@ def _triton() -> KernelSet:
         add_rms_norm=norm.add_rms_norm,
         rope=rope_qk.rope,
         rope_qkv=rope_qk.rope_qkv,
+        rope_qkv_write=rope_qk.rope_qkv_write,
         silu_mul=activation_.silu_mul,
         log_softmax=logits.log_softmax,
         log_normalisers=logits.log_normalisers,

@@ -38,6 +38,10 @@ class QkNorm:
 
 
 RopeQkv = Callable[[Tensor, int, int, QkNorm | None, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+RopeQkvWrite = Callable[
+    [Tensor, int, int, QkNorm | None, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
+]
+WriteKv = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,8 @@ class KernelSet:
                      positions int64 ``[T]``) -> rotated (q, k)
     rope_qkv:        (qkv ``[T, (Hq + 2 Hk) D]``, Hq, Hk, QkNorm or None, cos_sin, positions)
                      -> q, k, v ``[T, heads, D]``, contiguous, q and k normed and rotated
+    rope_qkv_write:  (what ``rope_qkv`` takes, k_cache, v_cache, slot_mapping) -> q; k and v go to
+                     their slots, as ``write_kv`` puts them
     silu_mul:        gate_up ``[T, 2I]`` -> silu(gate) * up ``[T, I]``
     log_softmax:     fp32 ``[R, V]`` -> fp32 ``[R, V]``
     log_normalisers: fp32 ``[R, V]`` -> (maxima, log totals: fp32 ``[R]``), such that log_softmax is
@@ -85,8 +91,8 @@ class KernelSet:
     choose:          (edited logits fp32 ``[R, V]``, Draw) -> (token ids int64 ``[R]``, their scores
                      fp32 ``[R]``, not finite where no token is possible); None where the sampler
                      does this out of ``log_softmax`` and ``gumbel``
-    write_kv:        (k ``[T, Hk, D]``, v, k_cache ``[P, page_size, Hk, D]``, v_cache,
-                     slot_mapping int64 ``[T]``) -> None
+    write_kv:        (k ``[T, Hk, D]``, v, k_cache ``[P, page_size, Hk, D]``, v_cache, both
+                     contiguous, slot_mapping int64 ``[T]``) -> None
     paged_attention: (q ``[T, Hq, D]``, k_cache, v_cache, block_table int32 ``[B, max_pages]``,
                      cu_seqlens_q int32 ``[B + 1]``, seq_lens int32 ``[B]``, scale, out) -> None
     demoted:         (device) -> a line for each way to compute an op there that gave other bits and
@@ -99,11 +105,12 @@ class KernelSet:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
     rope: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     rope_qkv: RopeQkv
+    rope_qkv_write: RopeQkvWrite
     silu_mul: Callable[[Tensor], Tensor]
     log_softmax: Callable[[Tensor], Tensor]
     log_normalisers: Callable[[Tensor], tuple[Tensor, Tensor]] | None
     gumbel: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     choose: Callable[[Tensor, Draw], tuple[Tensor, Tensor]] | None
-    write_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    write_kv: WriteKv
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
     demoted: Callable[[torch.device], Sequence[str]] = lambda device: ()

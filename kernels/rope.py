@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernel_set import QkNorm, RopeQkv
+from .kernel_set import QkNorm, RopeQkv, RopeQkvWrite, WriteKv
 from .native.library import library
 
 
@@ -91,3 +91,24 @@ def split_norm_rope(
         return *rope(q, k, cos_sin, positions), v
 
     return rope_qkv
+
+
+def rope_then_write(rope_qkv: RopeQkv, write_kv: WriteKv) -> RopeQkvWrite:
+    """``rope_qkv_write`` out of a provider's own two steps."""
+
+    def rope_qkv_write(
+        qkv: Tensor,
+        num_q_heads: int,
+        num_kv_heads: int,
+        norm: QkNorm | None,
+        cos_sin: Tensor,
+        positions: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        q, k, v = rope_qkv(qkv, num_q_heads, num_kv_heads, norm, cos_sin, positions)
+        write_kv(k, v, k_cache, v_cache, slot_mapping)
+        return q
+
+    return rope_qkv_write

@@ -229,6 +229,7 @@ def check_rowwise(
             lambda x, s: choose(x, _filtered_draw(s))[1],
             [_outliers(3, vocab), seeds],
         )
+    _check_written(result, kernels, norm, table)
     for op, (run, on_cpu) in ops.items():
         inputs = [t.to(device) for t in on_cpu]
         batch = run(*inputs)
@@ -238,6 +239,21 @@ def check_rowwise(
         with one_thread():
             result.expect_equal(op, "with one thread", batch, run(*inputs))
     return result
+
+
+def _check_written(result: CheckResult, kernels: KernelSet, norm: QkNorm, table: Tensor) -> None:
+    """Compare what ``rope_qkv_write`` stores with what ``rope_qkv`` gives, slot by slot."""
+    qkv, positions = _outliers(33, 3 * 64).to(table.device), torch.arange(33, device=table.device)
+    slots = 4 + positions.flip(0)
+    caches = [torch.full((10, 4, 1, 64), torch.nan, device=table.device) for _ in range(2)]
+    given = (qkv, 1, 1, norm, table, positions)
+    q = kernels.rope_qkv_write(*given, caches[0], caches[1], slots)
+    expected_q, *expected = kernels.rope_qkv(*given)
+    result.expect_equal("rope_qkv_write", "than rope_qkv's q", q, expected_q)
+    for name, cache, rows in zip("kv", caches, expected, strict=True):
+        target = torch.full_like(cache, torch.nan)
+        target.view(40, 1, 64)[slots] = rows
+        result.expect_equal("rope_qkv_write", f"in the cache of {name}", cache, target)
 
 
 def _filtered_draw(seeds: Tensor) -> Draw:

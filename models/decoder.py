@@ -1,17 +1,18 @@
 """The decoder of the Llama and Qwen3 families, over packed rows of any mix of sequences.
 
-Every op comes from a ``KernelSet``, so a row's bits depend on that row alone; attention is the
-caller's ``attend``, which owns the KV cache. Inference only: call it under
-``torch.inference_mode()``.
+Every op comes from a ``KernelSet``, so a row's bits depend on that row alone; attention and the KV
+cache are the caller's. Inference only: call it under ``torch.inference_mode()``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..backends.base import LayerCache
 from ..kernels.kernel_set import KernelSet, Linear, QkNorm
 from .config import ModelConfig
 from .rope import cos_sin_table
@@ -19,6 +20,21 @@ from .weights import EMBEDDING, LM_HEAD
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """``(layer, q [T, q_heads, head_dim], k [T, kv_heads, head_dim], v) -> [T, q_heads, head_dim]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenAttention:
+    """Attention that finds K and V in the cache, because the decoder writes them there.
+
+    layers: each layer's cache, its shape ``[num_pages, page_size, kv_heads, head_dim]``
+    slot_mapping: int64 ``[T]``, ``page * page_size + offset`` where each row's K and V go
+    attend: ``(layer, q [T, q_heads, head_dim]) -> [T, q_heads, head_dim]``
+    """
+
+    layers: Sequence[LayerCache]
+    slot_mapping: Tensor
+    attend: Callable[[int, Tensor], Tensor]
+
 
 Tap = Callable[[str, Tensor], None]
 """Called with an op's name and its output rows ``[T, ...]``."""
@@ -88,12 +104,14 @@ class Decoder:
             config.head_dim, config.rope_theta, config.rope_scaling, max_model_len
         ).to(self.embed_tokens.device)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: Attend | WrittenAttention
+    ) -> Tensor:
         """Hidden states after the final norm, ``[T, hidden_size]``.
 
         token_ids: int64 ``[T]`` in ``0 … vocab_size - 1``
         positions: int64 ``[T]``, absolute, below ``max_model_len``
-        attend:    gives each layer's attention; it sees contiguous q, k and v
+        attention: gives each layer's; it sees contiguous q, k and v, or q and what is written
         """
         eps = self.config.rms_norm_eps
         residual = self.embed_tokens[token_ids]
@@ -104,7 +122,7 @@ class Decoder:
             if index:  # the first layer has nothing to add to the embedding
                 hidden, residual = self._add_norm(hidden, residual, layer.input_layernorm)
             self._emit(f"{op}.input_layernorm", hidden)
-            hidden = self._attention(index, layer, hidden, positions, attend)
+            hidden = self._attention(index, layer, hidden, positions, attention)
             hidden, residual = self._add_norm(hidden, residual, layer.post_attention_layernorm)
             self._emit(f"{op}.post_attention_layernorm", hidden)
             hidden = self._mlp(f"{op}.mlp", layer, hidden)
@@ -131,16 +149,28 @@ class Decoder:
         yield "lm_head", self.lm_head
 
     def _attention(
-        self, index: int, layer: DecoderLayer, hidden: Tensor, positions: Tensor, attend: Attend
+        self,
+        index: int,
+        layer: DecoderLayer,
+        hidden: Tensor,
+        positions: Tensor,
+        attention: Attend | WrittenAttention,
     ) -> Tensor:
         c, op = self.config, f"layers.{index}.self_attn"
         qkv = layer.qkv_proj(hidden)
         self._emit(f"{op}.qkv_proj", qkv)
-        q, k, v = self.kernels.rope_qkv(
-            qkv, c.num_q_heads, c.num_kv_heads, layer.qk_norm, self.cos_sin, positions
-        )
-        self._emit(f"{op}.rope", q, k)
-        mixed = attend(index, q, k, v).reshape(len(qkv), c.q_size)
+        heads = (qkv, c.num_q_heads, c.num_kv_heads, layer.qk_norm, self.cos_sin, positions)
+        if isinstance(attention, WrittenAttention):
+            cache, slots = attention.layers[index], attention.slot_mapping
+            q = self.kernels.rope_qkv_write(*heads, cache.k, cache.v, slots)
+            if self.tap is not None:
+                self._emit(f"{op}.rope", q, cache.k.flatten(0, 1)[slots])
+            mixed = attention.attend(index, q)
+        else:
+            q, k, v = self.kernels.rope_qkv(*heads)
+            self._emit(f"{op}.rope", q, k)
+            mixed = attention(index, q, k, v)
+        mixed = mixed.reshape(len(qkv), c.q_size)
         self._emit(f"{op}.attention", mixed)
         out = layer.o_proj(mixed)
         self._emit(f"{op}.o_proj", out)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from ..backends.capabilities import FEATURES
+from ..backends.capabilities import FEATURES, FLAGS
 from ..backends.rules import describe_set
 from .plot import plot
 
@@ -39,8 +39,7 @@ MEANINGS = {
 """How the bits stay the same, by invariance."""
 
 _SETS = ("dtypes", "head_dims", "page_sizes")
-_FLAGS = ("deterministic", "chunk_invariant", "decode_equals_prefill")
-CELLS = ("contract", *_SETS, "gqa", *_FLAGS, "alignment", *FEATURES)
+CELLS = ("contract", *_SETS, "gqa", *FLAGS, "alignment", *FEATURES)
 """The matrix's rows: everything that can be declared and proved."""
 
 
@@ -189,7 +188,7 @@ def _declared(
         cell = row["features"][name]
         text = {"supported": "yes", "conditional": "yes, if", "unsupported": "no"}[cell["state"]]
         return {"state": cell["state"], "text": text, "why": cell["why"]}
-    if name in _FLAGS:
+    if name in FLAGS:
         state = "supported" if row[name] else "unsupported"
         return {"state": state, "text": "yes" if row[name] else "no", "why": ""}
     if name in _SETS:

@@ -1,4 +1,7 @@
-"""``silu(gate) * up``; contract and bits of ``kernels/activation.py``."""
+"""``silu(gate) * up``; contract and bits of ``kernels/activation.py``.
+
+Instructions limit it, not memory: no step is taken whose result another one covers.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elementary import NO_FMA, exp_f32
+from .elementary import NO_FMA, exp_in_range
 from .launch import aligned
 
 _BLOCK = 1024
@@ -19,7 +22,10 @@ def _silu_mul(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     gate_at = gate_up_ptr + row * 2 * WIDTH + i
     gate = tl.load(gate_at, mask=i < WIDTH, other=0.0).to(tl.float32)
     up = tl.load(gate_at + WIDTH, mask=i < WIDTH, other=0.0).to(tl.float32)
-    out = tl.div_rn(gate, 1.0 + exp_f32(-gate)) * up
+    # Below -87, e^x is lost beside the 1; and a NaN is the gate's own.
+    e = exp_in_range(tl.maximum(-gate, -87.0))
+    e = tl.where(gate < -88.72283, float("inf"), e)
+    out = tl.div_rn(gate, 1.0 + e) * up
     tl.store(out_ptr + row * WIDTH + i, out.to(out_ptr.dtype.element_ty), mask=i < WIDTH)
 
 

@@ -1,7 +1,8 @@
-"""exp and log on the device: the very steps of ``kernels/elementary.py``, so the same bits.
+"""exp and log on the device: the bits of ``kernels/elementary.py``.
 
-Every step is one rounded operation. Kernels that call these are launched with
-``enable_fp_fusion=False``, which keeps the compiler from joining a product and a sum into one fma.
+Every step is one rounded operation, or an exact one that is done otherwise. Kernels that call these
+are launched with ``enable_fp_fusion=False``, which keeps the compiler from joining a product and a
+sum into one fma.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ NO_FMA = {"enable_fp_fusion": False}
 
 
 @triton.jit
-def exp_f32(x):
-    """e^x for a block of fp32; 0 below -87, inf above 88.72283."""
-    clamped = tl.minimum(tl.maximum(x, -87.0), 88.72283)
-    # Adding and taking away 1.5 * 2^23 rounds to the nearest integer, ties to even.
-    n = (clamped * 1.4426950408889634 + 12582912.0) - 12582912.0
-    r = (clamped - n * 0.693359375) - n * -2.12194440054690583e-4
+def exp_in_range(x):
+    """e^x for a block of fp32 from -87 to 88.72283; beyond, anything."""
+    # Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits.
+    shifted = x * 1.4426950408889634 + 12582912.0
+    n = shifted - 12582912.0
+    r = tl.fma(n, -0.693359375, x) - n * -2.12194440054690583e-4  # the fma's product is exact
     p = r * 0.0001984126984126984 + 0.001388888888888889
     p = p * r + 0.008333333333333333
     p = p * r + 0.041666666666666664
@@ -27,11 +28,15 @@ def exp_f32(x):
     p = p * r + 0.5
     p = p * r + 1.0
     p = p * r + 1.0
-    whole = n.to(tl.int32)
-    half = whole >> 1
-    low = ((half + 127) << 23).to(tl.float32, bitcast=True)
-    high = ((whole - half + 127) << 23).to(tl.float32, bitcast=True)
-    result = p * low * high
+    # Times 2^n: onto the exponent. The shift drops all of ``shifted`` but n.
+    bits = p.to(tl.int32, bitcast=True) + (shifted.to(tl.int32, bitcast=True) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exp_f32(x):
+    """e^x for a block of fp32; 0 below -87, inf above 88.72283."""
+    result = exp_in_range(tl.minimum(tl.maximum(x, -87.0), 88.72283))
     result = tl.where(x < -87.0, 0.0, result)
     result = tl.where(x > 88.72283, float("inf"), result)
     return tl.where(x == x, result, x)

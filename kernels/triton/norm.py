@@ -40,12 +40,13 @@ def _rms_norm(
     i = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * HIDDEN + i
     inside = i < HIDDEN
+    # All loads come before any store: the compiler moves none past another, and waits add up.
+    weight = tl.load(weight_ptr + i, mask=inside, other=0.0)
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
         x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
         tl.store(total_ptr + at, x, mask=inside)
-    weight = tl.load(weight_ptr + i, mask=inside, other=0.0)
     out = normed(x.to(tl.float32), weight, hidden, eps)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
 

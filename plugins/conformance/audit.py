@@ -19,7 +19,10 @@ class Audit:
 
     def __init__(self, caches: AnySequence[LayerCache], batch: Batch, geometry: Geometry) -> None:
         self._batch, self._page_size = batch, geometry.page_size
+        self._engine_writes = geometry.engine_writes_kv
+        self._call = "run_written" if self._engine_writes else "run"
         self._slots = batch.slot_mapping.clone()
+        self._own = self._slots[:0] if self._engine_writes else self._slots
         self._pages = [(cache.k.clone(), cache.v.clone()) for cache in caches]
         self._index = {
             f.name: getattr(batch, f.name).clone()
@@ -28,36 +31,44 @@ class Audit:
         }
 
     def check_layer(self, cache: LayerCache, rows: Rows, before: AnySequence[Tensor]) -> None:
-        """After one layer's ``run``; every other layer must be as it was, too."""
+        """After one layer's call; every other layer must be as it was, too."""
         for name, was, now in zip("qkv", before, (rows.q, rows.k, rows.v), strict=True):
             if not same_bits(was, now):
-                raise BackendError(f"run() changed its argument {name}")
+                raise BackendError(f"{self._call}() changed its argument {name}")
         for name, tensor in self._index.items():
             if not torch.equal(tensor, getattr(self._batch, name)):
-                raise BackendError(f"run() changed the batch's {name}")
-        for name, was, now in zip("kv", self._pages[cache.index], (cache.k, cache.v), strict=True):
+                raise BackendError(f"{self._call}() changed the batch's {name}")
+        pages = zip(
+            "kv", self._pages[cache.index], (cache.k, cache.v), (rows.k, rows.v), strict=True
+        )
+        for name, was, now, new in pages:
+            if self._engine_writes:
+                was.flatten(0, 1).index_copy_(0, self._slots, new)
             self._check_pages(name, was, now)
 
     def check_guard(self, guard: Tensor) -> None:
         """The rows behind ``out``, which held NaN."""
         if not guard.isnan().all():
-            raise BackendError("run() wrote rows past the end of out")
+            raise BackendError(f"{self._call}() wrote rows past the end of out")
 
     def _check_pages(self, name: str, was: Tensor, now: Tensor) -> None:
         changed = (bits(was) != bits(now)).flatten(1).any(1)
         changed[0] = False  # the null page is nobody's
-        pages = torch.unique(self._slots // self._page_size)
-        changed[pages] = False
+        changed[torch.unique(self._own // self._page_size)] = False
         if changed.any():
             page = int(changed.nonzero()[0])
-            raise BackendError(f"run() wrote to page {page} of {name}, where the step has no slot")
+            raise BackendError(
+                f"{self._call}() wrote to page {page} of {name}, where it has no slot"
+            )
         if now.dim() == 4 and now.shape[1] == self._page_size:
             slots = (bits(was) != bits(now)).flatten(0, 1).flatten(1).any(1)
             slots[: self._page_size] = False
-            slots[self._slots] = False
+            slots[self._own] = False
             if slots.any():
                 slot = int(slots.nonzero()[0])
-                raise BackendError(f"run() wrote to slot {slot} of {name}, which is no row's slot")
+                raise BackendError(
+                    f"{self._call}() wrote to slot {slot} of {name}: none of its own"
+                )
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

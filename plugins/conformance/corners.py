@@ -42,6 +42,7 @@ class Corners:
             dtype=self.dtypes[0],
             device=self.device,
             deterministic=self.capabilities.deterministic,
+            engine_writes_kv=self.capabilities.engine_writes_kv,
         )
 
     @property

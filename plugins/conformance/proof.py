@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from ...backends.capabilities import FEATURES, Capabilities, Conditional, Unsupported
+from ...backends.capabilities import FEATURES, FLAGS, Capabilities, Conditional, Unsupported
 from ...backends.rules import describe_set, installed_version
 from .check import CONTRACT, Context
 from .corners import GQA_RATIOS, Corners
@@ -98,7 +98,7 @@ def declarations(offers: Capabilities) -> Iterator[tuple[str, str, str]]:
     yield "head_dims", describe_set(offers.head_dims), ""
     yield "page_sizes", describe_set(offers.page_sizes), ""
     yield "gqa", f"{GQA_RATIOS[0]} to {GQA_RATIOS[-1]}", ""
-    for name in ("deterministic", "chunk_invariant", "decode_equals_prefill"):
+    for name in FLAGS:
         yield name, *(("yes", "") if getattr(offers, name) else ("no", "not declared"))
     absent = "" if offers.chunk_invariant else "not chunk_invariant"
     yield "alignment", str(offers.alignment), absent

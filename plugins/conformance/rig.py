@@ -11,6 +11,7 @@ from collections.abc import Sequence as AnySequence
 from contextlib import nullcontext
 from itertools import accumulate
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,11 +97,22 @@ class _Rig:
             guarded = self._fresh_out(len(rows.q))
             out = guarded[: len(rows.q)]
             before = [t.clone() for t in (rows.q, rows.k, rows.v)] if audit else []
-            self._backend.run(rows.q, rows.k, rows.v, cache, plan, out)
+            self._one_layer(rows, cache, batch, plan, out)
             if audit:
                 audit.check_layer(cache, rows, before)
                 audit.check_guard(guarded[len(rows.q) :])
         return out
+
+    def _one_layer(
+        self, rows: Rows, cache: LayerCache, batch: Batch, plan: Any, out: Tensor
+    ) -> None:
+        """One layer, its K and V written by whoever is to write them."""
+        if not self._geometry.engine_writes_kv:
+            self._backend.run(rows.q, rows.k, rows.v, cache, plan, out)
+            return
+        for pages, new in ((cache.k, rows.k), (cache.v, rows.v)):
+            pages.flatten(0, 1).index_copy_(0, batch.slot_mapping, new)
+        self._backend.run_written(rows.q, cache, plan, out)
 
     def _replay(self, step: Step) -> Tensor:
         bucket = _bucket(len(step))
@@ -183,7 +195,7 @@ class _Graph:
 
     def _work(self) -> None:
         for rows, cache in zip(self._rows, self._rig._caches, strict=True):
-            self._rig._backend.run(rows.q, rows.k, rows.v, cache, self._plan, self._out)
+            self._rig._one_layer(rows, cache, self._batch, self._plan, self._out)
 
     def replay(self, step: Step) -> Tensor:
         new = self._rig._batch(step, self._num_seqs, self._width)

@@ -15,7 +15,8 @@ from ...errors import ConfigError
 class Geometry:
     """What the backend is built for; the fields of ``AttentionConfig``, as plain data.
 
-    ``dtype`` is a name as torch spells it, ``device`` a device type.
+    ``dtype`` is a name as torch spells it, ``device`` a device type. ``engine_writes_kv`` is as the
+    backend declares.
     """
 
     num_q_heads: int = 4
@@ -27,6 +28,7 @@ class Geometry:
     sliding_window: int | None = None
     logit_soft_cap: float | None = None
     deterministic: bool = True
+    engine_writes_kv: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,7 +53,7 @@ def target(llm: LLM, where: str) -> tuple[object, str]:
     return {
         "launch": (engine.runner, "launch"),
         "read": (engine.runner, "read"),
-        "run": (engine.runner.backend, "run"),
+        "run_written": (engine.runner.backend, "run_written"),
         "plan": (engine.runner.backend, "plan"),
         "sample": (engine.runner, "_sampling_row"),
         "schedule": (engine.scheduler, "schedule"),
@@ -65,7 +65,8 @@ def target(llm: LLM, where: str) -> tuple[object, str]:
 @pytest.mark.parametrize(
     ("where", "call"),
     [
-        *(("launch", 1), ("launch", 4), ("launch", 9), ("run", 1), ("run", 8), ("run", 21)),
+        *(("launch", 1), ("launch", 4), ("launch", 9)),
+        *(("run_written", 1), ("run_written", 8), ("run_written", 21)),
         *(("read", 1), ("read", 4), ("read", 9)),
         *(("plan", 2), ("sample", 7), ("schedule", 3), ("complete", 6), ("advance", 10)),
     ],
@@ -92,7 +93,7 @@ def test_score_again_after_ctrl_c(llm: LLM, monkeypatch: pytest.MonkeyPatch, cal
     expected = llm.score(PROMPTS, prompt_lens=2, top=2)
     llm.flush_cache()
     with monkeypatch.context() as patch:
-        raise_at(patch, llm.engine.runner.backend, "run", call, KeyboardInterrupt())
+        raise_at(patch, llm.engine.runner.backend, "run_written", call, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
             llm.score(PROMPTS, prompt_lens=2, top=2)
     assert not llm.engine.has_unfinished()
@@ -100,7 +101,7 @@ def test_score_again_after_ctrl_c(llm: LLM, monkeypatch: pytest.MonkeyPatch, cal
     assert [s.top_logprobs for s in scores] == [s.top_logprobs for s in expected]
 
 
-@pytest.mark.parametrize("where", ["launch", "read", "run", "plan", "sample"])
+@pytest.mark.parametrize("where", ["launch", "read", "run_written", "plan", "sample"])
 @pytest.mark.parametrize("call", [1, 3, 7])
 def test_requests_survive_an_interrupted_step(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str, call: int
@@ -159,7 +160,9 @@ def test_a_step_that_cannot_be_saved_drops_its_requests_and_says_so(
     llm.engine.scheduler.check_integrity()
 
 
-@pytest.mark.parametrize(("where", "call"), [("plan", 1), ("plan", 5), ("run", 1), ("run", 9)])
+@pytest.mark.parametrize(
+    ("where", "call"), [("plan", 1), ("plan", 5), ("run_written", 1), ("run_written", 9)]
+)
 def test_a_backends_error_names_it_and_the_engine_goes_on(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str, call: int
 ) -> None:
@@ -190,11 +193,11 @@ def test_bits_would_differ_if_a_row_did(llm: LLM, monkeypatch: pytest.MonkeyPatc
     expected = bits(llm.generate(PROMPTS, PARAMS))
     llm.flush_cache()
     backend = llm.engine.runner.backend
-    original = backend.run
+    original = backend.run_written
 
-    def wrong(q: Any, k: Any, v: Any, layer: Any, plan: Any, out: Any) -> None:
-        original(q, k, v, layer, plan, out)
+    def wrong(q: Any, layer: Any, plan: Any, out: Any) -> None:
+        original(q, layer, plan, out)
         layer.k[:, 0] *= 1.001
 
-    monkeypatch.setattr(backend, "run", wrong)
+    monkeypatch.setattr(backend, "run_written", wrong)
     assert bits(llm.generate(PROMPTS, PARAMS)) != expected

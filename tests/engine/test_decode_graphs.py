@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,9 @@ from isobit.verify.transcript import Transcript
 from isobit.verify.workload import Case
 
 SIZES = (1, 2, 4)
+WRITERS = pytest.mark.parametrize(
+    "backend", ["mutant-none", "mutant-none-written"], ids=["it writes", "the engine writes"]
+)
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [
@@ -107,11 +110,12 @@ def test_sizes() -> None:
     assert graph_sizes(256)[-2:] == [248, 256]
 
 
+@WRITERS
 def test_graphs_give_the_bits_of_eager_steps(
-    small_folder: Path, expected: list[Transcript]
+    small_folder: Path, expected: list[Transcript], backend: str
 ) -> None:
     """Below, at and beyond the largest size; requests end, join and find a flushed cache."""
-    engine = with_graphs(start(small_folder, "mutant-none"))
+    engine = with_graphs(start(small_folder, backend))
     steps = watched(engine)
     for arrive in (lambda place: 0, lambda place: 2 * place, lambda place: 40 * place):
         assert run(engine, arrive) == expected
@@ -128,8 +132,33 @@ def test_stale_lengths_are_caught(small_folder: Path, expected: list[Transcript]
     assert run(with_graphs(start(small_folder, name))) != expected
 
 
-def test_an_observer_sees_every_op(small_folder: Path, expected: list[Transcript]) -> None:
-    engine = with_graphs(start(small_folder, "mutant-none"))
+def test_whoever_writes_k_and_v_the_bits_are_the_same(
+    small_folder: Path, expected: list[Transcript]
+) -> None:
+    engine = start(small_folder, "mutant-none-written")
+    assert run(engine) == expected
+    engine.flush_cache()
+    engine.runner.engine_writes_kv = False  # both would write: it has a run() too
+    assert run(engine) == expected
+
+
+def test_k_and_v_that_nobody_writes_are_caught(
+    small_folder: Path, expected: list[Transcript]
+) -> None:
+    """The negative control: what a backend reads is what the engine wrote."""
+    engine = start(small_folder, "mutant-none-written")
+    kernels = engine.runner.decoder.kernels
+    engine.runner.decoder.kernels = replace(
+        kernels, rope_qkv_write=lambda *given: kernels.rope_qkv(*given[:6])[0]
+    )
+    assert run(engine) != expected
+
+
+@WRITERS
+def test_an_observer_sees_every_op(
+    small_folder: Path, expected: list[Transcript], backend: str
+) -> None:
+    engine = with_graphs(start(small_folder, backend))
     steps = watched(engine)
     with tracing(engine, CASES[3]) as trace:
         assert run(engine) == expected
@@ -141,8 +170,11 @@ def test_an_observer_sees_every_op(small_folder: Path, expected: list[Transcript
     assert steps.replayed
 
 
-def test_the_null_page_is_never_read(small_folder: Path, expected: list[Transcript]) -> None:
-    engine = with_graphs(start(small_folder, "mutant-none"))
+@WRITERS
+def test_the_null_page_is_never_read(
+    small_folder: Path, expected: list[Transcript], backend: str
+) -> None:
+    engine = with_graphs(start(small_folder, backend))
     for layer in engine.runner.layers:
         layer.k.fill_(torch.nan)
         layer.v.fill_(torch.nan)

@@ -116,6 +116,21 @@ def test_rope_qkv_is_split_norm_and_rope(kernels: KernelSet, dtype, generator):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_qkv_write_puts_k_and_v_into_their_slots(kernels: KernelSet, dtype, generator):
+    qkv = torch.randn(5, (3 + 2 + 2) * 16, generator=generator).to(dtype)
+    table, positions = rope_table(torch.logspace(0, -4, 8), 32), torch.arange(5) * 3
+    slots = torch.tensor([9, 4, 11, 5, 14])
+    caches = [torch.full((4, 4, 2, 16), torch.nan, dtype=dtype) for _ in "kv"]
+    given = (qkv, 3, 2, None, table, positions)
+    q, *rows = kernels.rope_qkv(*given)
+    assert torch.equal(bits(kernels.rope_qkv_write(*given, *caches, slots)), bits(q))
+    for cache, new in zip(caches, rows, strict=True):
+        expected = torch.full_like(cache, torch.nan)
+        expected.view(16, 2, 16)[slots] = new
+        assert torch.equal(bits(cache), bits(expected))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_silu_mul(kernels: KernelSet, dtype, generator):
     x = (torch.randn(13, 300, generator=generator) * 20).to(dtype)
     exact = functional.silu(x[:, :150].double()) * x[:, 150:].double()

@@ -117,6 +117,18 @@ def test_batch_variant_norm_is_caught(kernels: KernelSet):
     assert {m.op for m in check_rowwise(bad, 64, 100).mismatches} == {"rms_norm"}
 
 
+def test_a_wrong_slot_is_caught(kernels: KernelSet):
+    def written(*given):
+        *rest, slots = given
+        return kernels.rope_qkv_write(*rest, slots - 1)
+
+    bad = dataclasses.replace(kernels, rope_qkv_write=written)
+    assert {str(m) for m in check_rowwise(bad, 64, 100).mismatches} == {
+        "rope_qkv_write: other bits in the cache of k",
+        "rope_qkv_write: other bits in the cache of v",
+    }
+
+
 def test_global_generators_are_untouched(kernels: KernelSet, weight):
     before = torch.get_rng_state()
     check_linear({"a": kernels.linear(weight)}, (1, 4), torch.float32)

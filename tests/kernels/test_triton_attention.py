@@ -95,15 +95,18 @@ class Served:
         return self.table[b].long()[positions // size] * size + positions % size
 
     def cache(self, parts: list[tuple[int, int, int]]) -> LayerCache:
-        """What earlier steps wrote; everything else is NaN."""
+        """What earlier steps wrote, and the engine in this one; everything else is NaN."""
         shape = self.backend.kv_cache_shape(self.num_pages)
         dtype = self.backend.config.dtype
         k, v = (torch.full(shape, torch.nan, dtype=dtype, device=DEVICE) for _ in range(2))
-        for b, first, _ in parts:
-            past = self.slots(b, 0, first)
-            k.view(-1, *shape[2:])[past] = self.k[b][:first]
-            v.view(-1, *shape[2:])[past] = self.v[b][:first]
+        for b, _, end in parts:
+            slots = self.slots(b, 0, end)
+            k.view(-1, *shape[2:])[slots] = self.k[b][:end]
+            v.view(-1, *shape[2:])[slots] = self.v[b][:end]
         return LayerCache(0, k, v)
+
+    def queries(self, parts: list[tuple[int, int, int]]) -> Tensor:
+        return torch.cat([self.q[b][first:end] for b, first, end in parts])
 
     def batch(self, parts: list[tuple[int, int, int]], decodes: int, padding: int = 0) -> Batch:
         lens = [end - first for _, first, end in parts] + [1] * padding
@@ -132,16 +135,9 @@ class Served:
     ) -> list[Tensor]:
         """parts: (sequence, first position, end), decodes first -> each part's rows."""
         batch = self.batch(parts, decodes, padding)
-        q, k, v = (
-            torch.cat(
-                [x[b][first:end] for b, first, end in parts]
-                + [torch.full_like(x[0][:1], torch.nan)] * padding
-            )
-            for x in (self.q, self.k, self.v)
-        )
+        q = torch.cat([self.queries(parts), torch.full_like(self.q[0][:padding], torch.nan)])
         out = torch.full_like(q, torch.nan)
-        cache = self.cache(parts)
-        self.backend.run(q, k, v, cache, self.backend.plan(batch), out)
+        self.backend.run_written(q, self.cache(parts), self.backend.plan(batch), out)
         return list(out.split(batch.query_lens))[: len(parts)]
 
 
@@ -382,22 +378,20 @@ def test_a_plan_is_replayed_with_new_lengths():
         getattr(batch, name).copy_(getattr(now, name))
     refreshed = replace(batch, kv_lens=now.kv_lens)
     case.backend.replay(plan, refreshed)
-    q, k, v = (torch.cat([x[b][a:e] for b, a, e in parts]) for x in (case.q, case.k, case.v))
+    q = case.queries(parts)
     out = torch.full_like(q, torch.nan)
-    case.backend.run(q, k, v, case.cache(parts), plan, out)
+    case.backend.run_written(q, case.cache(parts), plan, out)
     assert_same_bits(out, torch.cat(case.attend(parts, 2)))
 
 
-def test_only_the_steps_own_slots_are_written():
+def test_the_cache_is_only_read():
     case = served([40, 30], page_size=16)
     parts = [(1, 29, 30), (0, 10, 40)]
-    batch = case.batch(parts, 1)
-    cache = case.cache(parts)
+    cache, q = case.cache(parts), case.queries(parts)
     before = [cache.k.clone(), cache.v.clone()]
-    q, k, v = (torch.cat([x[b][a:e] for b, a, e in parts]) for x in (case.q, case.k, case.v))
-    case.backend.run(q, k, v, cache, case.backend.plan(batch), torch.empty_like(q))
-    for old, new, rows in zip(before, (cache.k, cache.v), (k, v), strict=True):
-        old.view(-1, *old.shape[2:])[batch.slot_mapping] = rows
+    plan = case.backend.plan(case.batch(parts, 1))
+    case.backend.run_written(q, cache, plan, torch.empty_like(q))
+    for old, new in zip(before, (cache.k, cache.v), strict=True):
         assert torch.equal(bits(old), bits(new))
 
 

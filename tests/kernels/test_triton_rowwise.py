@@ -12,7 +12,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="needs the package triton")
 
 from isobit.kernels.dispatch import load_kernels
-from isobit.kernels.elementary import exp_f32, log_f64
+from isobit.kernels.elementary import exp_f32, log_f64, tree_sum
 from isobit.kernels.kernel_set import Draw, KernelSet, QkNorm
 from isobit.kernels.rope import rope_table
 from isobit.kernels.selfcheck import check_rowwise
@@ -99,12 +99,83 @@ def test_qk_norm_then_rope(ours: KernelSet, reference: KernelSet, dtype: torch.d
     assert not torch.equal(results[0], ours.rope_qkv(qkv, 5, 2, None, table, positions)[0])
 
 
+HEADS = [(5, 2, 24), (32, 8, 128), (9, 3, 64), (3, 1, 256), (20, 20, 16), (1, 1, 8)]
+"""q's, k's, and channels: on both sides of what one program takes."""
+
+
+def contract(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The norm over each head ``[T, heads, D]``, its sum in the order of ``rope_qk.py``."""
+    first, second = x.float().chunk(2, dim=-1)
+    squares = first * first + second * second
+    block = 1 << (squares.shape[-1] - 1).bit_length()
+    squares = torch.nn.functional.pad(squares, (0, block - squares.shape[-1]))
+    runs = squares.unflatten(-1, (min(block, 32), -1)).unbind(-1)
+    total = runs[0]
+    for run in runs[1:]:
+        total = total + run
+    # Rounded once: MKL's root in fp32, which torch calls on a CPU, is an ulp off here and there.
+    root = (tree_sum(total) / x.shape[-1] + eps).double().sqrt().float()
+    inverse = 1.0 / root
+    return (x.float() * inverse[..., None]).to(x.dtype) * weight
+
+
+@pytest.mark.parametrize("dtype", EXACT_DTYPES)
+@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), HEADS)
+def test_qk_norm_has_the_bits_of_its_contract(
+    ours: KernelSet, reference: KernelSet, dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int
+) -> None:
+    qkv = normal(3, (q_heads + 2 * kv_heads) * dim, dtype=dtype)
+    norm = QkNorm(normal(dim, dtype=dtype), normal(dim, dtype=dtype) + 1, 1e-6)
+    table = rope_table(torch.logspace(0, -4, dim // 2), 64).to(DEVICE)
+    positions = torch.tensor([7, 0, 63], device=DEVICE)
+    q, k, v = qkv.view(3, -1, dim).split([q_heads, kv_heads, kv_heads], dim=1)
+
+    def expected(order: Callable[..., Tensor]) -> list[Tensor]:
+        normed = order(q, norm.q, norm.eps), order(k, norm.k, norm.eps)
+        return [*reference.rope(*normed, table, positions), v]
+
+    results = ours.rope_qkv(qkv, q_heads, kv_heads, norm, table, positions)
+    assert all(same_bits(a, b) for a, b in zip(results, expected(contract), strict=True))
+    if dim == 128 and dtype == torch.float32:  # the comparison sees an order
+
+        def rolled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+            return contract(x.roll(1, -1), weight.roll(1), eps).roll(-1, -1)
+
+        others = expected(rolled)
+        assert not same_bits(results[0], others[0])
+
+
+@pytest.mark.parametrize("dtype", STEP)
+@pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), HEADS)
+def test_k_and_v_land_in_their_slots(
+    ours: KernelSet, dtype: torch.dtype, q_heads: int, kv_heads: int, dim: int
+) -> None:
+    qkv = normal(4, (q_heads + 2 * kv_heads) * dim, dtype=dtype)
+    norm = QkNorm(normal(dim, dtype=dtype), normal(dim, dtype=dtype) + 1, 1e-6)
+    table = rope_table(torch.logspace(0, -4, dim // 2), 64).to(DEVICE)
+    given = (qkv, q_heads, kv_heads, norm, table, torch.arange(4, device=DEVICE) * 9)
+    slots = torch.tensor([7, 3, 9, 4], device=DEVICE)
+    q, *rows = ours.rope_qkv(*given)
+
+    def as_expected(used: Tensor) -> bool:
+        caches = [normal(4, 3, kv_heads, dim, dtype=dtype) for _ in "kv"]
+        expected = [cache.clone() for cache in caches]
+        for cache, new in zip(expected, rows, strict=True):
+            cache.view(12, kv_heads, dim)[slots] = new
+        assert same_bits(ours.rope_qkv_write(*given, *caches, used), q)
+        return all(same_bits(a, b) for a, b in zip(caches, expected, strict=True))
+
+    assert as_expected(slots)
+    assert not as_expected(slots + torch.tensor([0, 0, 1, 0], device=DEVICE))
+
+
 @pytest.mark.parametrize("dtype", EXACT_DTYPES)
 def test_silu_mul_has_the_bits_of_torch(
     ours: KernelSet, reference: KernelSet, dtype: torch.dtype
 ) -> None:
     x = normal(4, 2 * 1100, dtype=dtype) * 3
     x[0, :6] = torch.tensor([0.0, -0.0, 200.0, -200.0, torch.inf, torch.nan])
+    x[1, :8] = torch.tensor([-87, -88.7, -88.75, -89, 86.9, 87.1, -0.35, 1e4])  # exp's edges
     assert same_bits(ours.silu_mul(x).nan_to_num(7), reference.silu_mul(x).nan_to_num(7))
     assert ours.silu_mul(x)[0, 5].isnan()
 
@@ -204,7 +275,10 @@ def test_no_rows(ours: KernelSet) -> None:
     assert ours.rms_norm(normal(2, 8)[:0], normal(8), 1e-5).shape == (0, 8)
     assert ours.silu_mul(normal(2, 8)[:0]).shape == (0, 4)
     assert ours.log_softmax(normal(2, 8)[:0]).shape == (0, 8)
-    assert ours.rope_qkv(qkv[:0], 5, 2, norm, table, positions[:0])[1].shape == (0, 2, 24)
+    given = (qkv[:0], 5, 2, norm, table, positions[:0])
+    assert ours.rope_qkv(*given)[1].shape == (0, 2, 24)
+    cache = normal(2, 3, 2, 24)
+    assert ours.rope_qkv_write(*given, cache, cache, positions[:0]).shape == (0, 5, 24)
 
 
 def test_the_self_check_passes_and_covers_the_draw(ours: KernelSet) -> None:

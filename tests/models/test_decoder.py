@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from isobit.backends.base import LayerCache
 from isobit.kernels.kernel_set import KernelSet
 from isobit.models.config import ARCHITECTURES, ModelConfig
-from isobit.models.decoder import Attend, Decoder
+from isobit.models.decoder import Attend, Decoder, WrittenAttention
 from isobit.models.registry import BUILDERS, build_model, load_model_config
 from isobit.models.weights import random_weights
 
@@ -29,8 +30,8 @@ def tokens(config: ModelConfig, length: int = LENGTH) -> Tensor:
 
 
 @torch.inference_mode()
-def run(decoder: Decoder, ids: Tensor, attend: Attend) -> Tensor:
-    return decoder.logits(decoder.forward(ids, torch.arange(len(ids)), attend))
+def run(decoder: Decoder, ids: Tensor, attention: Attend | WrittenAttention) -> Tensor:
+    return decoder.logits(decoder.forward(ids, torch.arange(len(ids)), attention))
 
 
 @pytest.mark.parametrize("shape", ["tiny-qwen3", "tiny-llama"])
@@ -144,6 +145,38 @@ def test_attend_gets_contiguous_heads(torch_kernels: KernelSet, dense_attend: At
 
     run(decoder, tokens(decoder.config, 5), attend)
     assert layers == [0, 1, 2]
+
+
+def written(decoder: Decoder, dense_attend: Attend, off: int = 0) -> WrittenAttention:
+    """Attention that reads 20 rows from pages of 4, in an order of their own; ``off`` is a slip."""
+    c = decoder.config
+    shape = (7, 4, c.num_kv_heads, c.head_dim)
+    caches = [LayerCache(i, torch.zeros(shape), torch.zeros(shape)) for i in range(c.num_layers)]
+    slots = (torch.tensor([3, 1, 5, 6, 2])[:, None] * 4 + torch.arange(4)).flatten()
+
+    def attend(layer: int, q: Tensor) -> Tensor:
+        k, v = (x.flatten(0, 1)[slots] for x in (caches[layer].k, caches[layer].v))
+        return dense_attend(layer, q, k, v)
+
+    return WrittenAttention(caches, slots - off, attend)
+
+
+def test_k_and_v_through_the_cache_are_the_same_bits(
+    kernels: KernelSet, dense_attend: Attend
+) -> None:
+    decoder = random_decoder("tiny-qwen3", kernels)
+    ids = tokens(decoder.config, 20)
+    seen: list[dict[str, Tensor]] = [{}, {}]
+    logits = []
+    for rows, attention in zip(seen, (dense_attend, written(decoder, dense_attend)), strict=True):
+        decoder.tap = rows.__setitem__
+        logits.append(run(decoder, ids, attention))
+    assert seen[0].keys() == seen[1].keys()
+    assert all(torch.equal(seen[0][op], seen[1][op]) for op in seen[0])
+    assert torch.equal(*logits)
+    decoder.tap = None
+    assert torch.equal(run(decoder, ids, written(decoder, dense_attend)), logits[0])
+    assert not torch.equal(run(decoder, ids, written(decoder, dense_attend, off=1)), logits[0])
 
 
 def test_packed_rows_do_not_touch_each_other(kernels: KernelSet, dense_attend: Attend) -> None:

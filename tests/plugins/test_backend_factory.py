@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
 
 from isobit.backends.base import AttentionBackend
+from isobit.backends.capabilities import Capabilities
 from isobit.backends.matrix import load_factory
 from isobit.errors import ConfigError
 
@@ -20,10 +22,20 @@ class Complete(AttentionBackend):
         out.copy_(q)
 
 
+class Written(Complete):
+    def run_written(self, q, layer, plan, out):
+        out.copy_(q)
+
+
+class Reshaped(Written):
+    def kv_cache_shape(self, num_pages):
+        return (num_pages, 1)
+
+
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> str:
     made = ModuleType("toy_factories")
-    made.Complete = Complete
+    made.Complete, made.Written, made.Reshaped = Complete, Written, Reshaped
     made.Incomplete = type("Incomplete", (AttentionBackend,), {"plan": Complete.plan})
     made.Stranger = dict
     made.function = Complete.plan
@@ -50,6 +62,20 @@ def test_a_factory_is_loaded(make_spec, module):
 def test_a_factory_that_cannot_be_used_says_so(make_spec, module, factory, said):
     with pytest.raises(ConfigError, match=said):
         load_factory(make_spec(factory=factory, install="pip install toy"))
+
+
+def test_what_must_be_there_follows_from_who_writes_the_cache(make_spec, module):
+    written = Capabilities(dtypes={"float32"}, devices={"cpu"}, engine_writes_kv=True)
+
+    def load(name, **declared):
+        return load_factory(replace(make_spec(factory=f"{module}:{name}"), **declared))
+
+    assert load("Written", capabilities=written) is Written
+    assert load("Reshaped") is Reshaped
+    with pytest.raises(ConfigError, match="does not implement run_written"):
+        load("Complete", capabilities=written)
+    with pytest.raises(ConfigError, match="a kv_cache_shape of its own, and declares engine_wri"):
+        load("Reshaped", capabilities=written)
 
 
 def test_a_factory_module_that_exits_is_a_config_error(make_spec, tmp_path, monkeypatch):

@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from isobit.plugins.conformance.check import Check, Context
-from isobit.plugins.conformance.mutants.catalogue import MUTANTS, RIGHT, Mutant, candidates
+from isobit.plugins.conformance.mutants.catalogue import (
+    MUTANTS,
+    RIGHT,
+    RIGHT_WRITTEN,
+    Mutant,
+    candidates,
+)
 from isobit.plugins.conformance.registry import CHECKS
 from isobit.plugins.conformance.subject import find_subject
 from isobit.plugins.conformance.suite import make_context, run_check, run_suite
@@ -36,12 +42,12 @@ def context_of() -> MakeContext:
     return make
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[RIGHT, RIGHT_WRITTEN], ids=["writes", "is written for"])
 def right(context_of: MakeContext, request: pytest.FixtureRequest) -> Context:
     """The right backend: in float32, and with ``--long`` in every dtype."""
-    subject = context_of(RIGHT.name).subject
+    subject = context_of(request.param.name).subject
     if not request.config.getoption("--long"):
-        capabilities = replace(RIGHT.capabilities, dtypes={"float32"})
+        capabilities = replace(request.param.capabilities, dtypes={"float32"})
         subject = replace(subject, spec=replace(subject.spec, capabilities=capabilities))
     return make_context(subject, DEVICE, quick=True)
 

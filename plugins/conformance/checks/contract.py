@@ -9,6 +9,7 @@ from ..corners import Corners
 from ..scenario import Run, Sequence, Trial, alone, then_decode, together
 
 _CELLS = (CONTRACT,)
+_WRITES = (CONTRACT, "engine_writes_kv")
 
 
 def _sequences(lengths: list[int]) -> tuple[Sequence, ...]:
@@ -34,7 +35,7 @@ def _writes(corners: Corners) -> Iterator[Trial]:
             pieces = [then_decode(i, n, n + 3) for i, n in enumerate(lengths)]
             yield Trial(
                 label=f"{geometry.dtype}, {len(lengths)} sequences",
-                cells=_CELLS,
+                cells=_WRITES,
                 geometry=geometry,
                 sequences=_sequences(lengths),
                 run=Run(steps=together(*pieces, delays=(0, 1)), audit=True, layers=2),
@@ -75,7 +76,7 @@ CHECKS: tuple[Check, ...] = (
     trial_check(
         "writes",
         "only the rows' own slots and out are written; arguments stay as they were",
-        _CELLS,
+        _WRITES,
         _writes,
     ),
     trial_check(

@@ -45,7 +45,10 @@ class Mutant:
 
 
 def _capabilities(
-    dtypes: set[str], head_dims: set[int] | None, page_sizes: set[int] | None
+    dtypes: set[str],
+    head_dims: set[int] | None,
+    page_sizes: set[int] | None,
+    engine_writes_kv: bool = False,
 ) -> Capabilities:
     return Capabilities(
         dtypes=dtypes,
@@ -56,10 +59,13 @@ def _capabilities(
         deterministic=True,
         chunk_invariant=True,
         decode_equals_prefill=True,
+        engine_writes_kv=engine_writes_kv,
     )
 
 
-def _mutant(factory: str, *caught_by: str, dtype: str = "float32") -> Mutant:
+def _mutant(
+    factory: str, *caught_by: str, dtype: str = "float32", engine_writes_kv: bool = False
+) -> Mutant:
     """A mutant declares what the right one does, of fewer shapes: it is judged the sooner."""
     module, _, words = factory.partition(":")
     name = "".join(f"-{c.lower()}" if c.isupper() else c for c in words)
@@ -67,18 +73,27 @@ def _mutant(factory: str, *caught_by: str, dtype: str = "float32") -> Mutant:
         name=f"mutant{name}",
         api=API_VERSION,
         factory=f"{_PACKAGE}.{module}:{words}",
-        capabilities=_capabilities({dtype}, {8, 12, 16}, {7, 16, 24}),
+        capabilities=_capabilities({dtype}, {8, 12, 16}, {7, 16, 24}, engine_writes_kv),
     )
     return Mutant(spec, caught_by)
 
 
-RIGHT = BackendSpec(
-    name="mutant-none",
-    api=API_VERSION,
-    factory=f"{_PACKAGE}.right:RightAttention",
-    capabilities=_capabilities({"float32", "bfloat16", "float16"}, None, None),
-)
+def _right(name: str, engine_writes_kv: bool) -> BackendSpec:
+    return BackendSpec(
+        name=name,
+        api=API_VERSION,
+        factory=f"{_PACKAGE}.right:RightAttention",
+        capabilities=_capabilities(
+            {"float32", "bfloat16", "float16"}, None, None, engine_writes_kv
+        ),
+    )
+
+
+RIGHT = _right("mutant-none", engine_writes_kv=False)
 """The backend that the mutants were made from: it holds everything there is to declare."""
+
+RIGHT_WRITTEN = _right("mutant-none-written", engine_writes_kv=True)
+"""The same with its K and V written by the engine."""
 
 MUTANTS: tuple[Mutant, ...] = (
     _mutant("masks:CausalOffByOne", "reference"),
@@ -104,6 +119,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("pages:StaleLastPage", "reference"),
     _mutant("pages:TailNotCleared", "unwritten"),
     _mutant("pages:TailWritten", "writes"),
+    _mutant("pages:TailCleared", "writes", engine_writes_kv=True),
     _mutant("pages:PaddingWritten", "graph"),
     _mutant("pages:PastTheEnd", "writes"),
     _mutant("pages:OnePageAChunk", "reference"),
@@ -127,7 +143,9 @@ MUTANTS: tuple[Mutant, ...] = (
 
 def candidates() -> list[Candidate]:
     """What a ``PluginHost`` loads to have the right backend and every mutant."""
-    return [_candidate(spec) for spec in (RIGHT, *(mutant.spec for mutant in MUTANTS))]
+    return [
+        _candidate(spec) for spec in (RIGHT, RIGHT_WRITTEN, *(mutant.spec for mutant in MUTANTS))
+    ]
 
 
 def _candidate(spec: BackendSpec) -> Candidate:

@@ -51,11 +51,26 @@ class TailWritten(RightAttention):
 
     def write(self, k: Tensor, v: Tensor, layer: LayerCache, plan: Plan) -> None:
         super().write(k, v, layer, plan)
-        last = plan.batch.slot_mapping[-1:]
-        slots = last + torch.arange(1, self.config.page_size, device=last.device)
-        slots = torch.where(slots % self.config.page_size > last % self.config.page_size, slots, 0)
-        for cache in (layer.k, layer.v):
-            cache.flatten(0, 1).index_fill_(0, slots, 0)
+        _clear_tail(layer, plan, self.config.page_size)
+
+
+class TailCleared(RightAttention):
+    """The rest of a last page that the engine wrote is zeroed. Seen where unwritten values are
+    cleared in memory, not masked.
+    """
+
+    def run_written(self, q: Tensor, layer: LayerCache, plan: Plan, out: Tensor) -> None:
+        _clear_tail(layer, plan, self.config.page_size)
+        super().run_written(q, layer, plan, out)
+
+
+def _clear_tail(layer: LayerCache, plan: Plan, page_size: int) -> None:
+    """Zeros behind the step's last slot, to the end of its page."""
+    last = plan.batch.slot_mapping[-1:]
+    slots = last + torch.arange(1, page_size, device=last.device)
+    slots = torch.where(slots % page_size > last % page_size, slots, 0)
+    for cache in (layer.k, layer.v):
+        cache.flatten(0, 1).index_fill_(0, slots, 0)
 
 
 class PaddingWritten(RightAttention):
@@ -99,8 +114,7 @@ class WrittenLate(RightAttention):
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, layer: LayerCache, plan: Plan, out: Tensor
     ) -> None:
-        for rows in self.blocks(plan):
-            self.store(self.attend(q[rows], layer, plan, rows), rows, out)
+        self.run_written(q, layer, plan, out)
         self.write(k, v, layer, plan)
 
 

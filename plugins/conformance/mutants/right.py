@@ -90,6 +90,9 @@ class RightAttention(AttentionBackend):
         self, q: Tensor, k: Tensor, v: Tensor, layer: LayerCache, plan: Plan, out: Tensor
     ) -> None:
         self.write(k, v, layer, plan)
+        self.run_written(q, layer, plan, out)
+
+    def run_written(self, q: Tensor, layer: LayerCache, plan: Plan, out: Tensor) -> None:
         for rows in self.blocks(plan):
             self.store(self.attend(q[rows], layer, plan, rows), rows, out)
 
