@@ -180,10 +180,21 @@ def test_a_recorded_proof_becomes_a_table_and_a_missing_one_a_sentence(
     monkeypatch.setattr(generator, "GPU_PROOF", path)
     assert generator.gpu_proof() == "No run is recorded yet.\n"
     entry = {
-        **{"model": "m", "page_size": 16, "chunk": 8192, "graphs": "off", "requests": 300},
-        **{"longest_prompt": 16000, "held": ["batch"], "digests": ["abc"], "seconds": 12.3},
-        **{"failures": [], "command": "isobit verify", "commit": "1234567", "date": "2026-11-22"},
-        **{"device": "a GPU", "versions": {"torch": "2.11"}},
+        "model": "m",
+        "page_size": 16,
+        "chunk": 8192,
+        "graphs": "off",
+        "requests": 300,
+        "longest_prompt": 16000,
+        "held": ["batch"],
+        "digests": ["abc"],
+        "seconds": 12.3,
+        "failures": [],
+        "command": "isobit verify",
+        "commit": "1234567",
+        "date": "2026-11-22",
+        "device": "a GPU",
+        "versions": {"torch": "2.11"},
     }
     path.write_text(json.dumps([entry, entry | {"failures": ["chunk: other bits"]}]))
     text = generator.gpu_proof()
