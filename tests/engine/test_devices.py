@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from isobit import LLM
+from isobit.backends.matrix import Resolved
+from isobit.core import startup
 from isobit.core.config import EngineConfig
 from isobit.core.devices import resolve_device
-from isobit.core.memory import DeviceMemory, explained_shortage, num_pages
+from isobit.core.memory import DeviceMemory, num_pages
 from isobit.core.packing import pack
+from isobit.core.phases import OTHER, PHASES, Phases
 from isobit.core.request import Request
 from isobit.core.step import ScheduledSeq
 from isobit.errors import ConfigError
@@ -27,6 +33,7 @@ H200 = DeviceMemory(
     total=140 * GIB, free=100 * GIB, reserved=20 * GIB, weights=16 * GIB, peak=18 * GIB
 )
 PAGE = 2**20
+SHORTAGE = "CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has a total capacity of 10 GiB"
 
 
 def test_auto_without_cuda_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,13 +105,69 @@ def test_an_amount_that_was_asked_for_is_taken_or_refused() -> None:
         num_pages(EngineConfig(model="m", kv_cache_memory="200GiB"), PAGE, 1000, H200)
 
 
-def test_a_shortage_at_start_up_says_what_to_lower() -> None:
-    text = "CUDA out of memory. Tried to allocate 20 GiB. GPU 0 has a total capacity of 10 GiB"
-    with (
-        pytest.raises(ConfigError, match=r"allocate 20 GiB\. Lower max_num_batched_tokens"),
-        explained_shortage(),
-    ):
-        raise torch.OutOfMemoryError(text)
+@pytest.mark.parametrize(
+    ("phase", "remedy"),
+    [
+        ("weights", "Choose a smaller model"),
+        ("kernels", "Choose a smaller model"),
+        ("largest step", "Lower max_num_batched_tokens or max_num_seqs"),
+        ("KV cache", "Lower kv_cache_memory or gpu_memory_utilization"),
+        ("graphs", "Lower cuda_graph_max_bs"),
+    ],
+)
+def test_a_shortage_at_start_up_says_what_to_lower(phase: str, remedy: str) -> None:
+    message = rf"start-up, phase '{phase}': .* allocate 20 GiB\. {remedy}.*, or free"
+    with pytest.raises(ConfigError, match=message), Phases(CPU).timed(phase):
+        raise torch.OutOfMemoryError(SHORTAGE)
+
+
+@pytest.mark.parametrize(
+    ("function", "phase"),
+    [
+        ("random_weights", "weights"),
+        ("choose_kernels", "kernels"),
+        ("_measured", "largest step"),
+        ("allocate_layers", "KV cache"),
+        ("DecodeGraphs", "graphs"),
+    ],
+)
+def test_every_phase_of_a_start_is_watched(
+    monkeypatch: pytest.MonkeyPatch, function: str, phase: str
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError(SHORTAGE)
+
+    monkeypatch.setattr(startup, function, fail)
+    if function == "DecodeGraphs":
+        monkeypatch.setattr(startup, "_select", with_graphs(startup._select))
+    with pytest.raises(ConfigError, match=f"phase '{phase}'"):
+        LLM("tiny-qwen3", load_format="random", device="cpu")
+
+
+def with_graphs(select: Callable[..., Any]) -> Callable[..., Any]:
+    """A selection with CUDA graphs on, which no backend has on the CPU."""
+
+    def selected(*args: Any) -> Any:
+        selection, dtype = select(*args)
+        features = selection.features | {"cuda_graph": Resolved(True, "asked for")}
+        return replace(selection, features=features), dtype
+
+    return selected
+
+
+def test_the_report_has_the_seconds_of_every_phase(small_folder: Path) -> None:
+    with LLM(str(small_folder), device="cpu", max_model_len=64) as llm:
+        report = llm.report
+    assert tuple(report.phases) == (*PHASES, OTHER)
+    assert all(seconds >= 0 for seconds in report.phases.values())
+    assert report.phases["weights"] > 0
+    assert report.phases["kernels"] > 0
+    assert report.seconds == pytest.approx(sum(report.phases.values()))
+    without = report.seconds_without_weights
+    assert without == pytest.approx(report.seconds - report.phases["weights"])
+    row = next(row for row in report.rows if row[0] == "start-up")
+    assert row[1] == f"{report.seconds:.1f} s"
+    assert row[2].endswith(f"{without:.1f} without weights")
 
 
 def test_padding_lies_on_the_null_page() -> None:
