@@ -1,4 +1,7 @@
-"""The phases of a start: how long each takes, and what to lower where memory runs out in one."""
+"""The phases of a start: how long each takes, and what to lower where memory runs out in one.
+
+A step, which comes after the start, is here for the second of these alone.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,8 @@ from contextlib import contextmanager
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DeviceMemoryError
+from .step import Step
 
 WEIGHTS, KERNELS, STEP, KV_CACHE, GRAPHS = PHASES = (
     "weights",
@@ -73,6 +77,23 @@ def explained_shortage(phase: str) -> Iterator[None]:
         raise ConfigError(
             f"the GPU's memory ran out at start-up, phase {phase!r}: {_what_was_wanted(error)}. "
             f"{_REMEDIES[phase]}, or free what other processes hold."
+        ) from error
+
+
+@contextmanager
+def explained_step(step: Step) -> Iterator[None]:
+    """The same for a step.
+
+    :raises DeviceMemoryError: the device's memory ran out.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the GPU's memory ran out in a step of {step.num_tokens} tokens of {len(step.seqs)} "
+            f"requests: {_what_was_wanted(error)}. It was not computed; the engine can be used "
+            "again. Start it with a lower gpu_memory_utilization, kv_cache_memory, "
+            "max_num_batched_tokens or max_num_seqs, or free what other processes hold."
         ) from error
 
 

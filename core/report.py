@@ -13,7 +13,7 @@ from ..backends.rules import installed_version
 from ..models.config import ModelConfig
 from ..plugins.manager import PluginHost
 from .config import EngineConfig
-from .devices import describe_device
+from .devices import describe_device, no_cuda
 from .graphs import DecodeGraphs
 from .kernel_choice import KernelChoice
 from .memory import DeviceMemory
@@ -128,6 +128,8 @@ def device_rows(
     """What the engine runs on and, on a GPU, where its memory goes."""
     why = "auto" if config.device == "auto" else "asked for"
     rows = [("device", device.type, f"{why}: {describe_device(device)}")]
+    if config.device == "auto" and (reason := no_cuda()):
+        rows.append(("  not cuda", "", reason))
     if memory is not None:
         step = _gib(memory.peak - memory.weights)
         left = _gib(torch.cuda.mem_get_info(device)[0])

@@ -22,6 +22,7 @@ from ..sampling.sampler import SampledRow, SamplingRow, sample, score_prompt
 from .devices import current_device
 from .graphs import DecodeGraphs
 from .packing import pack, to_device
+from .phases import explained_step
 from .request import Request
 from .scheduler import ScheduledSeq, Step
 
@@ -86,8 +87,9 @@ class Runner:
 
         :raises BackendError: the backend raised an error; it is the cause.
         :raises LogitsProcessorError: a request's own processor failed.
+        :raises DeviceMemoryError: the GPU's memory ran out.
         """
-        with current_device(self.device):
+        with current_device(self.device), explained_step(step):
             batch = self.prepare(step.seqs)
             owners = _row_owners(step.seqs) if self.observer else []
             hidden = self.forward(batch, owners)
@@ -187,6 +189,8 @@ class Runner:
         """Name the backend in whatever error its ``call`` raises."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise  # not the backend's fault
         except Exception as error:
             raise BackendError(
                 f"attention backend {self.backend_name!r} raised {type(error).__name__} in "
