@@ -67,7 +67,7 @@ def side_by_side(
     memory: float,
     jobs: int,
 ) -> list[dict[str, Any]]:
-    """``work`` on all: the large ones in turn, beside them up to ``jobs - 1`` others that fit."""
+    """``work`` on all, up to ``jobs`` at a time: the large ones in turn, and others that fit."""
     room = Room(memory)
     large = [c for c in chosen if c.memory > _LARGE]
     kept = min(memory, max((c.memory for c in large), default=0.0))
@@ -88,7 +88,8 @@ def side_by_side(
             room.give_back(amount)
 
     others = [c for c in chosen if c not in large]
-    with ThreadPoolExecutor(1) as lane, ThreadPoolExecutor(max(1, jobs - 1)) as lanes:
+    beside_it = max(1, jobs - bool(large))
+    with ThreadPoolExecutor(1) as lane, ThreadPoolExecutor(beside_it) as lanes:
         first, rest = lane.submit(in_turn), lanes.map(beside, others)
         return [*first.result(), *rest]
 
@@ -119,7 +120,7 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
         "model": configuration.model.name,
         "page_size": configuration.page_size,
         "chunk": configuration.chunk,
-        "graphs": _graphs(configuration.flags),
+        "graphs": _graphs(configuration.flags) if device == "cuda" else "none",
         "command": " ".join(["isobit", *arguments]),
         "held": held,
         "failures": [*failures, *([problem] if problem and not failures else [])],
