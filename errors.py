@@ -51,3 +51,7 @@ class EngineError(IsobitError, RuntimeError):
 
 class BackendError(EngineError):
     """An attention backend raised an error in a step; the engine can be used again."""
+
+
+class DeviceMemoryError(EngineError):
+    """A GPU's memory ran out in a step; the engine can be used again."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .floor import Cost, Floor, op_costs
 from .limits import Limits
 from .op_profile import OpTime, StepProfile, profile_steps
+from .replaced import replaced
 from .steady import StepKind, steady
 from .step_times import timed_steps
 
@@ -25,9 +26,13 @@ def steps_needed(steps: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """A step's seconds without the profiler (the median), its floor, and its ops as rows."""
+    """A step's seconds without the profiler (the median), its floor, and its ops as rows.
+
+    ``replayed``: the timed steps came from a CUDA graph; the profiled ones never do.
+    """
 
     seconds: float
+    replayed: bool
     floor: Floor
     profile: StepProfile
     rows: list[dict[str, Any]]
@@ -38,6 +43,7 @@ class StepReport:
         busy = sum(op.seconds for op in self.profile.ops.values()) / self.profile.steps
         return {
             "step_ms": 1e3 * self.seconds,
+            "replayed": self.replayed,
             "profiled_step_ms": 1e3 * self.profile.seconds / self.profile.steps,
             "device_ms": 1e3 * busy if launches else None,
             "device_idle_share": max(0.0, 1 - busy / self.seconds) if launches else None,
@@ -52,7 +58,9 @@ class StepReport:
 def measure_step(
     engine: Engine, kind: StepKind, limits: Limits, *, steps: int, seed: int, temperature: float
 ) -> StepReport:
-    """Time ``steps`` steps of a kind, then profile as many more.
+    """Time ``steps`` steps of a kind as the engine takes them, then profile as many more.
+
+    A graph would hide the ops from the profiler, so those are run without.
 
     :raises ConfigError: the engine cannot make such a step.
     """
@@ -69,7 +77,8 @@ def measure_step(
             run(steps)
         for shape in (*warm.shapes, *times.shapes):
             kind.check(shape)
-        profile = profile_steps(engine, lambda: run(steps + 1))
+        with replaced(engine.runner, "graphs", None):
+            profile = profile_steps(engine, lambda: run(steps + 1))
     finally:
         source.close()
     decoder = engine.runner.decoder
@@ -77,10 +86,16 @@ def measure_step(
     middle = times.shapes[len(times.shapes) // 2]
     return StepReport(
         median(times.total),
+        _replayed(engine, kind),
         Floor.of(model, itemsize, [middle], limits),
         profile,
         rows(profile, op_costs(model, itemsize, middle), limits),
     )
+
+
+def _replayed(engine: Engine, kind: StepKind) -> bool:
+    graphs = engine.runner.graphs
+    return graphs is not None and kind.decode and graphs.padding(kind.batch) is not None
 
 
 def rows(profile: StepProfile, costs: dict[str, Cost], limits: Limits) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from .bench_startup import startup
 from .bench_step import step
 from .bench_throughput import throughput
 
@@ -26,5 +27,6 @@ def command() -> None:
     """
 
 
+command.add_command(startup)
 command.add_command(step)
 command.add_command(throughput)

@@ -69,10 +69,10 @@ def step(
 ) -> None:
     """One decode or prefill step: each op's time, launches, bytes and share of the limit.
 
-    The step is timed first, then repeated under torch's profiler. On CUDA an op's time is that of
-    its kernels, launched one by one, without CUDA graphs; the device's idle share is what the
-    kernels leave of the step's time without the profiler. On a CPU it is the time within the op,
-    with the profiler's own cost.
+    The step is timed first, as the engine takes it, then repeated under torch's profiler. On CUDA
+    an op's time is that of its kernels, launched one by one, without CUDA graphs; the device's idle
+    share is what the kernels leave of the step's time without the profiler. On a CPU it is the time
+    within the op, with the profiler's own cost.
 
     An op's bytes are its weights, the KV cache, and what it reads from and writes for its
     neighbours; in the step's own floor the last does not count. "sampling" is all after the
@@ -107,17 +107,16 @@ def step(
 
 
 def _fitted(kwargs: dict[str, Any], kind: StepKind, steps: int) -> dict[str, Any]:
-    """The engine's options with room for the step, and no graphs or steps ahead: they hide ops."""
+    """The engine's options with room for the step, and no steps ahead: they hide what is whose."""
     from ..bench.one_step import steps_needed
     from ..bench.steady import max_model_len
 
-    for name, without in (("cuda_graph", "graphs"), ("async_scheduling", "steps ahead")):
-        if kwargs[name] is True:
-            raise click.UsageError(
-                f"--{name.replace('_', '-')} was given, but a step is taken apart without "
-                f"{without}. Leave it out; isobit bench throughput measures with them."
-            )
-        kwargs[name] = False
+    if kwargs["async_scheduling"] is True:
+        raise click.UsageError(
+            "--async-scheduling was given, but a step is measured by itself. Leave it out; isobit "
+            "bench throughput measures with it."
+        )
+    kwargs["async_scheduling"] = False
     kwargs["max_num_seqs"] = max(kwargs["max_num_seqs"], kind.batch)
     budget = max(kwargs["max_num_batched_tokens"] or 2048, kind.batch * kind.tokens)
     kwargs["max_num_batched_tokens"] = budget
@@ -153,10 +152,10 @@ def _measure(
 
 def _text(report: dict[str, Any]) -> str:
     what = (
-        "{phase} of {batch} x {tokens} tokens after {context}: {step_ms:.4g} ms, "
+        "{phase} of {batch} x {tokens} tokens after {context}: {step_ms:.4g} ms{how}, "
         "{profiled_step_ms:.4g} ms under the profiler; at least {floor_ms:.4g} ms by {limit}, "
         "share {share_of_limit:.3g}"
-    ).format(**report)
+    ).format(**report, how=" from a CUDA graph" if report["replayed"] else "")
     device = ""
     if report["device_ms"] is not None:
         device = (

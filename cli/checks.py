@@ -136,7 +136,9 @@ def _torch() -> Finding:
         major, minor = torch.cuda.get_device_capability()
         found += f"; {torch.cuda.get_device_name()}, compute capability {major}.{minor}"
     else:
-        found += "; no CUDA device"
+        from ..core.devices import no_cuda
+
+        found += f"; no CUDA device. {no_cuda()}".rstrip(". ")
     return Finding("torch runs", "ok", found)
 
 

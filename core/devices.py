@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,7 +22,9 @@ def resolve_device(asked: str) -> torch.device:
         return CPU
     if not torch.cuda.is_available():
         raise ConfigError(f"device='cuda' was asked for, but {_missing()} Or pass device='cpu'.")
-    return torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
+    _check_served(device)
+    return device
 
 
 def _missing() -> str:
@@ -31,10 +34,37 @@ def _missing() -> str:
             "of torch, see https://pytorch.org/get-started."
         )
     return (
-        f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no device: there is no "
-        "NVIDIA driver, one too old for this build, or CUDA_VISIBLE_DEVICES hides the device. "
-        "Check with nvidia-smi."
+        f"torch {torch.__version__} for CUDA {torch.version.cuda} sees no device: {no_cuda()} "
+        "There is no NVIDIA driver, one too old for this build, or CUDA_VISIBLE_DEVICES hides the "
+        "device. Check with nvidia-smi."
     )
+
+
+def no_cuda() -> str:
+    """Why a CUDA build of torch finds no device, in torch's own words; else nothing."""
+    if torch.version.cuda is None or torch.cuda.is_available():
+        return ""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as error:
+        return f"{str(error).strip().rstrip('.')}."
+    return "torch gives no reason."
+
+
+def _check_served(device: torch.device) -> None:
+    """Refuse a GPU that the installed torch has no kernels for, before they fail one by one.
+
+    :raises ConfigError: it is older than the oldest one that torch was built for.
+    """
+    built = [re.match(r"sm_(\d+)", arch) for arch in torch.cuda.get_arch_list()]
+    oldest = min((int(match[1]) for match in built if match), default=0)
+    major, minor = compute_capability(device) or (0, 0)
+    if 10 * major + minor < oldest:
+        raise ConfigError(
+            f"{describe_device(device)} is too old for torch {torch.__version__} for CUDA "
+            f"{torch.version.cuda}, which starts at {oldest // 10}.{oldest % 10}. Install a build "
+            "of torch for this GPU, or pass device='cpu'."
+        )
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -139,22 +137,6 @@ def _largest_step(decoder: Decoder, kernels: KernelSet, num_tokens: int, num_seq
         eos_token_ids=(),
     )
     sample(logits, [row] * len(logits), kernels)
-
-
-@contextmanager
-def explained_shortage() -> Iterator[None]:
-    """Turn a GPU's shortage of memory within the block into an error that says what to lower.
-
-    :raises ConfigError: the device's memory ran out.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"the GPU's memory ran out at start-up: {str(error).partition('. GPU')[0]}. Lower "
-            "max_num_batched_tokens, max_num_seqs, max_model_len, cuda_graph_max_bs, "
-            "gpu_memory_utilization or kv_cache_memory, or free what other processes hold."
-        ) from error
 
 
 def _system(pages: str) -> int | None:

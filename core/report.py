@@ -13,23 +13,35 @@ from ..backends.rules import installed_version
 from ..models.config import ModelConfig
 from ..plugins.manager import PluginHost
 from .config import EngineConfig
-from .devices import describe_device
+from .devices import describe_device, no_cuda
 from .graphs import DecodeGraphs
 from .kernel_choice import KernelChoice
 from .memory import DeviceMemory
+from .phases import WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
 class StartupReport:
     """What was chosen at start and why.
 
-    ``rows`` are (item, choice, why); ``fingerprint_parts`` are hashed into ``fingerprint``.
+    ``rows`` are (item, choice, why); ``fingerprint_parts`` are hashed into ``fingerprint``;
+    ``phases`` has the seconds of each phase of the start, by the names of ``core/phases.py``.
     """
 
     rows: tuple[tuple[str, str, str], ...]
     fingerprint: str
     fingerprint_parts: Mapping[str, str]
-    seconds: float
+    phases: Mapping[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole start."""
+        return sum(self.phases.values())
+
+    @property
+    def seconds_without_weights(self) -> float:
+        """What a start takes beside reading or drawing the weights."""
+        return self.seconds - self.phases[WEIGHTS]
 
     def __str__(self) -> str:
         item = max(len(row[0]) for row in self.rows)
@@ -116,6 +128,8 @@ def device_rows(
     """What the engine runs on and, on a GPU, where its memory goes."""
     why = "auto" if config.device == "auto" else "asked for"
     rows = [("device", device.type, f"{why}: {describe_device(device)}")]
+    if config.device == "auto" and (reason := no_cuda()):
+        rows.append(("  not cuda", "", reason))
     if memory is not None:
         step = _gib(memory.peak - memory.weights)
         left = _gib(torch.cuda.mem_get_info(device)[0])
@@ -140,6 +154,14 @@ def graphs_row(graphs: DecodeGraphs) -> tuple[str, str, str]:
     count, most = len(graphs.sizes), graphs.sizes[-1]
     took = f"{graphs.seconds:.1f} s, {_gib(graphs.memory)} GiB"
     return ("CUDA graphs", f"{count} captured", f"decode steps of up to {most} requests; {took}")
+
+
+def phases_row(seconds: Mapping[str, float]) -> tuple[str, str, str]:
+    """How long the start took, and each phase of it that took any time to speak of."""
+    total = sum(seconds.values())
+    parts = [f"{phase} {took:.1f}" for phase, took in seconds.items() if took >= 0.05]
+    without = f"{total - seconds[WEIGHTS]:.1f} without weights"
+    return ("start-up", f"{total:.1f} s", ", ".join([*parts, without]))
 
 
 def _gib(count: int) -> str:

@@ -24,6 +24,7 @@ from .devices import current_device
 from .graphs import DecodeGraphs
 from .launched import Launched, Scored, SeqResult
 from .packing import pack
+from .phases import explained_step
 from .request import Request
 from .scheduler import ScheduledSeq, Step
 
@@ -80,8 +81,9 @@ class Runner:
 
         :raises BackendError: the backend raised an error; it is the cause.
         :raises LogitsProcessorError: a request's own processor failed.
+        :raises DeviceMemoryError: the GPU's memory ran out.
         """
-        with current_device(self.device):
+        with current_device(self.device), explained_step(step):
             batch = self.prepare(step.seqs)
             owners = _row_owners(step.seqs) if self.observer else []
             hidden = self.forward(batch, owners)
@@ -244,6 +246,8 @@ class Runner:
         """Name the backend in whatever error its ``call`` raises."""
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise  # not the backend's fault
         except Exception as error:
             raise BackendError(
                 f"attention backend {self.backend_name!r} raised {type(error).__name__} in "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import torch
@@ -26,13 +25,15 @@ from .devices import compute_capability, current_device, resolve_device
 from .engine import Engine
 from .graphs import DecodeGraphs, graph_sizes
 from .kernel_choice import KernelChoice, choose_kernels
-from .memory import DeviceMemory, explained_shortage, measure, num_pages
+from .memory import DeviceMemory, measure, num_pages
+from .phases import GRAPHS, KERNELS, KV_CACHE, STEP, WEIGHTS, Phases
 from .report import (
     StartupReport,
     device_rows,
     fingerprint_of,
     fingerprint_parts,
     graphs_row,
+    phases_row,
     promise,
     report_rows,
     steps_row,
@@ -50,28 +51,35 @@ def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, Startu
     :raises SelfCheckError: no kernels keep their contract on this machine.
     """
     device = resolve_device(config.device)
-    with current_device(device), explained_shortage():
+    with current_device(device):
         return _start(config, host, device)
 
 
 def _start(
     config: EngineConfig, host: PluginHost, device: torch.device
 ) -> tuple[Engine, StartupReport]:
-    began = time.perf_counter()
+    phases = Phases(device)
     folder, model = load_model_config(config.model, random=config.load_format == "random")
     selection, dtype = _select(config, model, host, device)
     max_model_len = _max_model_len(config, model)
     tokenizer = load_tokenizer(folder) if folder else None
-    weights, digest = _weights(config, folder, model, dtype, device)
-    choice = choose_kernels(config, model, weights, dtype, max_model_len, device)
+    with phases.timed(WEIGHTS):
+        weights, digest = _weights(config, folder, model, dtype, device)
+    with phases.timed(KERNELS):
+        choice = choose_kernels(config, model, weights, dtype, max_model_len, device)
     del weights  # what the decoder does not use is free again
-    backend = _backend(config, selection, model, dtype, max_model_len, choice.kernels.name, device)
-    memory = _measured(config, choice, device)
-    pages = num_pages(config, bytes_per_page(backend), max_model_len, memory)
+    with phases.timed(KV_CACHE):
+        name = choice.kernels.name
+        backend = _backend(config, selection, model, dtype, max_model_len, name, device)
+    with phases.timed(STEP):
+        memory = _measured(config, choice, device)
+    with phases.timed(KV_CACHE):
+        pages = num_pages(config, bytes_per_page(backend), max_model_len, memory)
+        layers = allocate_layers(backend, pages)
     runner = Runner(
         choice.decoder,
         backend,
-        allocate_layers(backend, pages),
+        layers,
         choice.kernels,
         config.sampling_seed,
         model.eos_token_ids,
@@ -79,7 +87,8 @@ def _start(
         selection.spec.capabilities.engine_writes_kv,
     )
     if selection.features["cuda_graph"].value:
-        runner.graphs = _graphs(config, runner)
+        with phases.timed(GRAPHS):
+            runner.graphs = _graphs(config, runner)
     scheduler = _scheduler(config, selection, pages, max_model_len, device.type)
     parts = fingerprint_parts(config, model, digest, dtype, selection, choice, device)
     fingerprint = fingerprint_of(parts)
@@ -88,12 +97,9 @@ def _start(
     rows.append(steps_row(config, device))
     if runner.graphs is not None:
         rows.append(graphs_row(runner.graphs))
-    report = StartupReport(
-        (*rows, ("fingerprint", fingerprint, promise(config))),
-        fingerprint,
-        parts,
-        time.perf_counter() - began,
-    )
+    seconds = phases.seconds()
+    rows += [phases_row(seconds), ("fingerprint", fingerprint, promise(config))]
+    report = StartupReport(tuple(rows), fingerprint, parts, seconds)
     return Engine(runner, scheduler, tokenizer, fingerprint), report
 
 

@@ -169,6 +169,42 @@ def _milliseconds(row: dict[str, Any]) -> str:
     return f"{row['inter_token_ms']:.2f}" if row["output_len"] > 1 else "-"
 
 
+GPU_PROOF = ROOT / "benchmarks" / "results" / "h200-verify.json"
+
+
+def gpu_proof() -> str:
+    """A recorded run of ``benchmarks/gpu_proof.py``, and what it ran on."""
+    if not GPU_PROOF.exists():
+        return "No run is recorded yet.\n"
+    entries = json.loads(GPU_PROOF.read_text())
+    rows = [
+        (
+            f"`{e['model']}`",
+            str(e["page_size"]),
+            f"{e['chunk']:,}",
+            e["graphs"],
+            f"{e['requests']:,}",
+            f"{e['longest_prompt']:,}",
+            f"{len(e['held'])}" + (f", **{len(e['failures'])} failed**" if e["failures"] else ""),
+            ", ".join(f"`{digest}`" for digest in e["digests"]) or "-",
+            f"{e['seconds']:.0f}",
+        )
+        for e in entries
+    ]
+    head = ("model", "pages of", "chunks of", "graphs", "requests at once", "longest prompt")
+    return _table((*head, "rows held", "digest", "seconds"), rows) + f"\n{_provenance(entries)}\n"
+
+
+def _provenance(entries: list[dict[str, Any]]) -> str:
+    """Device, versions, commits and dates of all entries, and the command of the first."""
+    where = dict.fromkeys(
+        f"{e['device']}, {', '.join(f'{k} {v}' for k, v in e['versions'].items())}; commit "
+        f"`{e['commit']}`, {e['date']}"
+        for e in entries
+    )
+    return f"{'. '.join(where)}. The first row is\n`{entries[0]['command']}`."
+
+
 def fields_of(cls: type) -> Callable[[], str]:
     """A part: the fields of a dataclass, their meaning taken from its docstring."""
 
@@ -235,6 +271,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "features": features,
     "mutants": mutants,
     "gpu-throughput": gpu_throughput,
+    "gpu-proof": gpu_proof,
 }
 
 

@@ -15,11 +15,15 @@ from typing import Any
 from ..cache.reuse import Provenance
 from ..core.engine import Engine
 from ..core.outputs import RequestOutput
+from .crowd import Peak, crowd, peak_of
 from .drive import Budget, as_transcripts, drive, drive_alone
 from .transcript import Transcript
 from .workload import Case
 
 Outputs = Sequence[RequestOutput]
+
+_CUT_SMALL = 4002
+"""Prompts of at most so many tokens are also cut into pieces of 33."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +32,7 @@ class Run:
 
     ``execute`` runs ``cases``. ``read`` takes the transcripts to compare from its outputs; they
     must equal ``expected``, which ``references`` gave, each alone on a cold cache. ``exercised``
-    says whether what the proof is about took place at all.
+    says whether what the proof is about took place at all, and ``detail`` how much of it.
     """
 
     label: str
@@ -38,14 +42,19 @@ class Run:
     expected: Sequence[Transcript]
     read: Callable[[Outputs], list[Transcript]] = as_transcripts
     exercised: Callable[[Outputs], bool] = lambda outputs: True
+    detail: Callable[[Outputs], str] = lambda outputs: ""
 
 
 class Proofs:
-    """The runs of every invariance, over one engine and one workload."""
+    """The runs of every invariance, over one engine and one workload.
 
-    def __init__(self, engine: Engine, cases: Sequence[Case]) -> None:
+    :param requests: so many at once in one run of the batches, beside the usual ones.
+    """
+
+    def __init__(self, engine: Engine, cases: Sequence[Case], requests: int | None = None) -> None:
         self.engine = engine
         self.cases = list(cases)
+        self.crowd = [] if requests is None else crowd(engine, self.cases, requests)
         alone = drive_alone(engine, self.cases)
         self.baseline = as_transcripts(alone)
         self.generated = [output.outputs[0].token_ids for output in alone]
@@ -61,6 +70,8 @@ class Proofs:
         yield self._run("all together", everyone)
         yield self._run("three of each", everyone * 3)
         yield self._run("every second one", everyone[::2])
+        if self.crowd:
+            yield self._at_once()
 
     def order(self) -> Iterator[Run]:
         """Submitted backwards; shuffled; and arriving one by one while others are decoding."""
@@ -75,15 +86,23 @@ class Proofs:
             )
 
     def chunk(self) -> Iterator[Run]:
-        """Prefills cut at small, odd and random places, mixed with decoding."""
+        """Prefills cut at small, odd and random places, mixed with decoding.
+
+        Prompts beyond ``_CUT_SMALL`` tokens would take minutes in such pieces: they are cut larger.
+        """
+        most = self.engine.scheduler.config.max_num_batched_tokens
         everyone = list(range(len(self.cases)))
-        for size in (33, 100):
-            yield self._run(f"chunks of {size}", everyone, budget=_always(size))
+        small = [i for i in everyone if len(self.cases[i].prompt_token_ids) <= _CUT_SMALL]
+        for size in sorted({min(33, most), min(100, most)}):
+            yield self._run(f"chunks of {size}", small, budget=_always(size))
         yield self._run(
             "random chunks",
-            everyone,
-            budget=lambda step: Random(step).choice((17, 64, 250, 301)),
+            small,
+            budget=lambda step: min(most, Random(step).choice((17, 64, 250, 301))),
         )
+        if small != everyone:
+            for size in sorted({min(256, most), min(1000, most)}):
+                yield self._run(f"chunks of {size}", everyone, budget=_always(size))
 
     def cache(self) -> Iterator[Run]:
         """Warm; half evicted; and a conversation whose prefix was written by decoding."""
@@ -95,7 +114,8 @@ class Proofs:
         ]
         expected = as_transcripts(drive_alone(self.engine, turns))
         run = self._after_warming("written by decoding", turns, expected, evict=False)
-        yield replace(run, exercised=self._decoded_prefix_hit())
+        exercised, detail = self._decoded_prefix_hit()
+        yield replace(run, exercised=exercised, detail=detail)
 
     def preempt(self) -> Iterator[Run]:
         """Requests evicted in the middle of prefill and of decoding, then recomputed.
@@ -103,6 +123,7 @@ class Proofs:
         The evictions are counted, as one that comes before a request has made up for the last
         would keep it from ever ending.
         """
+        most = self.engine.scheduler.config.max_num_batched_tokens
         for every in (3, 5):
             evicted = [0]
 
@@ -116,10 +137,14 @@ class Proofs:
             run = self._run(
                 f"one evicted every {every} steps",
                 list(range(len(self.cases))),
-                budget=_always(256 if self._may_cut else None),
+                budget=_always(min(256, most) if self._may_cut else None),
                 before_step=hook,
             )
-            yield replace(run, exercised=partial(_any_evicted, evicted))
+            yield replace(
+                run,
+                exercised=partial(_any_evicted, evicted),
+                detail=partial(_evictions, evicted),
+            )
 
     def score(self) -> Iterator[Run]:
         """The logprobs of prompt and output, scored as a prompt, equal those of decoding."""
@@ -133,7 +158,8 @@ class Proofs:
         ]
         ways: list[tuple[str, int | None]] = [("in one prefill", None)]
         if self._may_cut:
-            ways.append(("in chunks of 128", 128))
+            size = min(128, self.engine.scheduler.config.max_num_batched_tokens)
+            ways.append((f"in chunks of {size}", size))
         for label, budget in ways:
             yield Run(
                 label,
@@ -156,22 +182,70 @@ class Proofs:
     def _after_warming(
         self, label: str, cases: Sequence[Case], expected: Sequence[Transcript], *, evict: bool
     ) -> Run:
+        evicted, cached = 0, 0
+
         def execute() -> Outputs:
+            nonlocal evicted, cached
             self._cold(self.cases)
             cache = self.engine.scheduler.cache
             if evict and cache is not None:
-                cache.evict(cache.num_pages // 2)
+                cached = cache.num_pages
+                evicted = cache.evict(cached // 2)
             return drive(self.engine, cases)
 
-        return Run(label, cases, execute, cases, expected, exercised=_hit)
+        def exercised(outputs: Outputs) -> bool:
+            return _hit(outputs) and bool(evicted) == evict
 
-    def _decoded_prefix_hit(self) -> Callable[[Outputs], bool]:
-        """Whether a prefix that decoding wrote is reused from now on, where the policy lets it."""
+        def detail(outputs: Outputs) -> str:
+            lost = f"{evicted} of {cached} pages evicted, " if evict else ""
+            reused = sum(output.num_cached_tokens for output in outputs)
+            prompts = sum(len(case.prompt_token_ids) for case in cases)
+            return f"{lost}{reused} of {prompts} prompt tokens reused"
+
+        return Run(label, cases, execute, cases, expected, exercised=exercised, detail=detail)
+
+    def _at_once(self) -> Run:
+        """The crowd, on prompts in the cache; of each request what it gives alone is compared."""
+        chosen = [index % len(self.cases) for index in range(len(self.crowd))]
+        expected = [self.baseline[index] for index in chosen]
+        peak = Peak()
+
+        def execute() -> Outputs:
+            nonlocal peak
+            self._cold(self.cases)
+            with peak_of(self.engine) as peak:
+                return drive(self.engine, self.crowd)
+
+        def read(outputs: Outputs) -> list[Transcript]:
+            found = as_transcripts(outputs)
+            return [
+                Transcript(mine.tokens[: len(alone.tokens)])
+                for mine, alone in zip(found, expected, strict=True)
+            ]
+
+        return Run(
+            f"{len(self.crowd)} at once",
+            self.crowd,
+            execute,
+            [self.cases[index] for index in chosen],
+            expected,
+            read=read,
+            exercised=lambda outputs: peak.decodes >= len(self.crowd),
+            detail=lambda outputs: str(peak),
+        )
+
+    def _decoded_prefix_hit(self) -> tuple[Callable[[Outputs], bool], Callable[[Outputs], str]]:
+        """Whether a prefix that decoding wrote is reused from now on, where the policy lets it;
+        and how much of it in words."""
         cache = self.engine.scheduler.cache
         if cache is None or not cache.policy.allows(Provenance.DECODE):
-            return _hit
-        before = cache.stats.decode_tokens_matched
-        return lambda outputs: cache.stats.decode_tokens_matched > before
+            return _hit, lambda outputs: "decoded pages are not shared here, prefilled ones are"
+        stats, before = cache.stats, cache.stats.decode_tokens_matched
+
+        def reused() -> int:
+            return stats.decode_tokens_matched - before
+
+        return lambda outputs: reused() > 0, lambda outputs: f"{reused()} decoded tokens reused"
 
     def _scored_part(self, outputs: Outputs) -> list[Transcript]:
         """Of each scored prompt the part that decoding gave in the baseline."""
@@ -190,6 +264,10 @@ def _always(budget: int | None) -> Budget:
 
 def _any_evicted(evicted: list[int], outputs: Outputs) -> bool:
     return evicted[0] > 0
+
+
+def _evictions(evicted: list[int], outputs: Outputs) -> str:
+    return f"{evicted[0]} evictions"
 
 
 def _hit(outputs: Outputs) -> bool:

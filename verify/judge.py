@@ -26,7 +26,8 @@ class RunResult:
     """One run of a proof.
 
     ``digest`` is over the run's own ``requests`` results; ``equal`` says whether each is what the
-    request gives alone, ``exercised`` whether what the proof is about took place in the run.
+    request gives alone, ``exercised`` whether what the proof is about took place in the run,
+    ``detail`` how much of it, such as the number of sequences that decoded at once.
     """
 
     label: str
@@ -34,6 +35,7 @@ class RunResult:
     digest: str
     equal: bool
     exercised: bool = True
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,18 @@ class Verdict:
 
 
 def judge_all(
-    engine: Engine, cases: Sequence[Case], restart: RestartSpec | None
+    engine: Engine,
+    cases: Sequence[Case],
+    restart: RestartSpec | None,
+    *,
+    requests: int | None = None,
 ) -> Iterator[Verdict]:
-    """The verdict on every invariance, one after the other."""
-    proofs = Proofs(engine, cases)
+    """The verdict on every invariance, one after the other.
+
+    :param requests: so many at once in one run of ``batch``, beside the usual ones.
+    :raises ConfigError: a step has no room for so many.
+    """
+    proofs = Proofs(engine, cases, requests)
     for name in INVARIANCES:
         began = time.perf_counter()
         if name == "cache" and engine.scheduler.cache is None:
@@ -100,7 +110,8 @@ def judge_runs(name: str, proofs: Proofs, runs: Iterator[Run], began: float) -> 
         found = run.read(outputs)
         difference = _first_difference(found, run.expected)
         equal, exercised = difference is None, run.exercised(outputs)
-        result = RunResult(run.label, len(found), digest(found), equal, exercised)
+        detail = run.detail(outputs)
+        result = RunResult(run.label, len(found), digest(found), equal, exercised, detail)
         results.append(result)
         if difference is not None:
             distinct.add(result.digest)
@@ -108,7 +119,7 @@ def judge_runs(name: str, proofs: Proofs, runs: Iterator[Run], began: float) -> 
                 divergence = locate(proofs.engine, run, *difference)
                 failure = str(divergence)
         elif not result.exercised:
-            failure = failure or f"{run.label}: nothing was exercised, so nothing is proved"
+            failure = failure or _not_exercised(result)
     return Verdict(
         name,
         tuple(results),
@@ -118,6 +129,11 @@ def judge_runs(name: str, proofs: Proofs, runs: Iterator[Run], began: float) -> 
         failure,
         divergence,
     )
+
+
+def _not_exercised(result: RunResult) -> str:
+    about = f" ({result.detail})" if result.detail else ""
+    return f"{result.label}: what it is about did not take place{about}, so nothing is proved"
 
 
 def _first_difference(

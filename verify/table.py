@@ -10,7 +10,7 @@ _COLUMNS = ("invariance", "runs", "distinct results", "digest", "seconds", "verd
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """One row an invariance; failures are described below the rows."""
+    """One row an invariance; below the rows how much took place in which run, and the failures."""
     rows = [_COLUMNS] + [_row(verdict) for verdict in verdicts]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [
@@ -18,6 +18,9 @@ def table(verdicts: Sequence[Verdict]) -> str:
         for row in rows
     ]
     lines.insert(1, "  ".join("-" * width for width in widths))
+    lines += [
+        f"{v.invariance}, {r.label}: {r.detail}" for v in verdicts for r in v.results if r.detail
+    ]
     lines += [f"{v.invariance}: {v.failure}" for v in verdicts if v.failure]
     return "\n".join(lines)
 

@@ -20,8 +20,11 @@ _SENTENCES = (
     "If two clocks disagree, a sailor trusts neither; if three agree, he sets out.",
 )
 
-_QUICK_LENGTHS = (1, 2, 16, 17, 63, 130, 260, 700)
-_FULL_LENGTHS = (1, 2, 16, 17, 31, 63, 64, 65, 127, 200, 333, 512, 777, 1025, 1500, 2049, 4000)
+_EDGES = (15, 31, 63, 127, 255)
+"""One less than a page of 16, 32, 64, 128 or 256 tokens."""
+
+_QUICK_LENGTHS = (1, 16, 17, 700)
+_FULL_LENGTHS = (1, 2, 16, 17, 64, 65, 200, 333, 512, 777, 1025, 1500, 2049, 4000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +36,24 @@ class Case:
     params: SamplingParams
 
 
-def prompt_lengths(*, quick: bool, page_size: int, longest: int) -> list[int]:
+def prompt_lengths(
+    *, quick: bool, page_size: int, longest: int, reach: int | None = None
+) -> list[int]:
     """Prompt lengths at tile and page edges, short and long, up to ``longest`` tokens.
 
-    One lies just below a page's end, so that decoding completes the page.
+    One lies just below a page's end, so that decoding completes the page. They are the same for
+    pages of 16, 32, 64, 128 and 256 tokens, so that digests can be compared across page sizes.
+
+    :param reach: the last length; beyond the usual ones by doubling the longest of them.
     """
-    lengths = {*(_QUICK_LENGTHS if quick else _FULL_LENGTHS), max(1, page_size - 1)}
+    usual = _QUICK_LENGTHS if quick else _FULL_LENGTHS
+    lengths = {*usual, *_EDGES, max(1, page_size - 1)}
+    if reach is not None:
+        length = usual[-1]
+        while (length := 2 * length) < reach:
+            lengths.add(length)
+        lengths.add(reach)
+        longest = min(longest, reach)
     return sorted(length for length in lengths if length <= longest)
 
 

@@ -51,6 +51,40 @@ def test_the_ops_add_up_to_the_step(llm: LLM, kind: StepKind) -> None:
     assert not llm.engine.has_unfinished()
 
 
+class Graphs:
+    """Stands for captured steps of up to two sequences; none is ever held."""
+
+    asked = 0
+
+    def padding(self, num_seqs: int) -> int | None:
+        return 2 - num_seqs if num_seqs <= 2 else None
+
+    def holds(self, batch: Any) -> bool:
+        self.asked += 1
+        return False
+
+
+@pytest.mark.parametrize(("batch", "replayed"), [(2, True), (3, False)])
+def test_a_step_is_timed_with_graphs_and_taken_apart_without(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, batch: int, replayed: bool
+) -> None:
+    runner, graphs = llm.engine.runner, Graphs()
+    monkeypatch.setattr(runner, "graphs", graphs)
+    plan, with_graphs = runner.backend.plan, []
+
+    def watched(batch: Any) -> Any:
+        with_graphs.append(runner.graphs is graphs)
+        return plan(batch)
+
+    monkeypatch.setattr(runner.backend, "plan", watched)
+    kind = StepKind(batch, 40, 1, True)
+    report = measure_step(llm.engine, kind, LIMITS, steps=2, seed=0, temperature=0.0)
+    assert report.as_dict()["replayed"] == replayed
+    assert with_graphs[-4:] == [True, False, False, False]  # the profiler's start takes one
+    assert graphs.asked
+    assert runner.graphs is graphs
+
+
 def test_ranges_change_neither_the_bits_nor_the_engine(llm: LLM) -> None:
     def outputs() -> list[Any]:
         prompts = random_prompts(llm.engine.vocab_size, 3, 20, seed=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from click.testing import CliRunner
 
 from isobit import LLM
 from isobit.cli.main import main
+from isobit.core.phases import OTHER, PHASES
 
 TINY = ["--model-config", "tiny-llama", "--load-format", "random", "--threads", "1"]
 
@@ -106,8 +108,12 @@ def test_a_step_by_op() -> None:
         (["bench", "throughput", "--model", "qwen3-30b-a3b"], "mixture of experts"),
         (["bench", "step", "--tokens", "4"], "--phase prefill"),
         (["bench", "step", "--context", "0"], "at least 1"),
-        (["bench", "step", "--cuda-graph"], "without graphs"),
+        (["bench", "step", *TINY, "--cuda-graph"], "cuda_graph"),
+        (["bench", "step", "--phase", "decode", "--tokens", "1"], "one new token a sequence"),
         (["bench", "step", "--phase", "verify"], "--phase"),
+        (["bench", "startup", "--threads", "1"], "OMP_NUM_THREADS"),
+        (["bench", "startup", "--starts", "0"], "--starts"),
+        (["bench", "startup", *TINY[:4], "--page-size", "999"], "Error: page_size was 999"),
     ],
 )
 def test_usage_errors_exit_2(args: list[str], message: str) -> None:
@@ -116,6 +122,29 @@ def test_usage_errors_exit_2(args: list[str], message: str) -> None:
     assert message in " ".join(done.output.split())
 
 
-@pytest.mark.parametrize("verb", ["throughput", "step"])
+def test_a_start_by_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of two has empty caches, whatever the user's own hold; both give one engine."""
+    monkeypatch.setenv("ISOBIT_CACHE", str(tmp_path / "own"))
+    args = ["bench", "startup", *TINY[:4]]
+    done = CliRunner().invoke(main, [*args, "--json"])
+    assert done.exit_code == 0, done.output
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    assert (first["start"], second["start"]) == (1, 2)
+    assert first["fingerprint"] == second["fingerprint"]
+    for row in (first, second):
+        assert set(row["phases"]) == {*PHASES, OTHER}
+        assert row["process"] == pytest.approx(row["imports"] + row["engine"])
+        assert sum(row["phases"].values()) <= row["engine"]
+        without = row["process"] - row["phases"]["weights"]
+        assert row["without_weights"] == pytest.approx(without)
+    assert not (tmp_path / "own").exists()
+    plain = CliRunner().invoke(main, [*args, "--starts", "1", "--own-caches"])
+    assert plain.exit_code == 0, plain.output
+    heading, row = plain.stdout.splitlines()
+    assert heading.split()[:3] == ["start", "process", "imports"]
+    assert row.split()[0] == "1"
+
+
+@pytest.mark.parametrize("verb", ["throughput", "step", "startup"])
 def test_help_has_an_example(verb: str) -> None:
     assert "Example: isobit bench" in CliRunner().invoke(main, ["bench", verb, "--help"]).output

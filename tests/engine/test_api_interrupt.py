@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from isobit import LLM, RequestOutput, SamplingParams
-from isobit.errors import BackendError, EngineError
+from isobit.errors import BackendError, DeviceMemoryError, EngineError
 from isobit.verify.transcript import Transcript, transcripts
 
 PROMPTS = [[1, 2, 3], list(range(40, 140)), [9] * 33]
@@ -171,6 +172,22 @@ def test_a_backends_error_names_it_and_the_engine_goes_on(
     with monkeypatch.context() as patch:
         raise_at(patch, *target(llm, where), call, IndexError("tile 7"))
         with pytest.raises(BackendError, match=rf"'torch' raised IndexError in {where}.*tile 7"):
+            llm.generate(PROMPTS, PARAMS)
+    assert not llm.engine.has_unfinished()
+    assert bits(llm.generate(PROMPTS, PARAMS)) == expected
+
+
+@pytest.mark.parametrize(("where", "call"), [("plan", 1), ("run", 9)])
+def test_a_shortage_in_a_step_says_what_to_lower_and_the_engine_goes_on(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str, call: int
+) -> None:
+    expected = bits(llm.generate(PROMPTS, PARAMS))
+    llm.flush_cache()
+    shortage = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has")
+    message = r"in a step of \d+ tokens of \d+ requests: .* allocate 2 GiB\. .* lower gpu_memory_ut"
+    with monkeypatch.context() as patch:
+        raise_at(patch, *target(llm, where), call, shortage)
+        with pytest.raises(DeviceMemoryError, match=message):
             llm.generate(PROMPTS, PARAMS)
     assert not llm.engine.has_unfinished()
     assert bits(llm.generate(PROMPTS, PARAMS)) == expected

@@ -1,0 +1,269 @@
+"""Proves every invariance on a GPU over a table of configurations: ``isobit verify`` in each.
+
+    python benchmarks/gpu_proof.py --list
+    python benchmarks/gpu_proof.py                       # all, several at a time
+    python benchmarks/gpu_proof.py --only qwen3-8b smollm2
+
+Each configuration is a process of its own. Those of large models run one after the other, and
+beside them the others, as many at a time as the memory holds.
+
+All of one model run the same requests, so all must give one digest: bits that followed the page
+size, the chunks, the graphs or the number of neighbours would show even where every row holds. What
+was found goes into a JSON file, beside what other runs left there under other names. The exit
+status is 1 if a row failed, a process did not end well, or two digests or fingerprints of a model
+differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Condition
+from typing import Any
+
+import torch
+from gpu_proof_table import TABLE, TRIAL, Configuration
+
+import isobit
+from isobit.backends.rules import installed_version
+from isobit.cli.columns import columns
+
+ROOT = Path(__file__).parent.parent
+_LARGE = 50.0
+"""GiB: one configuration of more than that at a time."""
+
+OUTPUT = ROOT / "benchmarks" / "results" / "h200-verify.json"
+
+
+class Room:
+    """Memory that is shared out: ``take`` waits until there is enough of it."""
+
+    def __init__(self, total: float) -> None:
+        self.total = self._left = total
+        self._changed = Condition()
+
+    def take(self, amount: float) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: amount <= self._left)
+            self._left -= amount
+
+    def give_back(self, amount: float) -> None:
+        with self._changed:
+            self._left += amount
+            self._changed.notify_all()
+
+
+def side_by_side(
+    chosen: Sequence[Configuration],
+    work: Callable[[Configuration], dict[str, Any]],
+    memory: float,
+    jobs: int,
+) -> list[dict[str, Any]]:
+    """``work`` on all, up to ``jobs`` at a time: the large ones in turn, and others that fit."""
+    room = Room(memory)
+    large = [c for c in chosen if c.memory > _LARGE]
+    kept = min(memory, max((c.memory for c in large), default=0.0))
+    room.take(kept)
+
+    def in_turn() -> list[dict[str, Any]]:
+        try:
+            return [work(c) for c in large]
+        finally:
+            room.give_back(kept)
+
+    def beside(configuration: Configuration) -> dict[str, Any]:
+        amount = min(configuration.memory, room.total)
+        room.take(amount)
+        try:
+            return work(configuration)
+        finally:
+            room.give_back(amount)
+
+    others = [c for c in chosen if c not in large]
+    beside_it = max(1, jobs - bool(large))
+    with ThreadPoolExecutor(1) as lane, ThreadPoolExecutor(beside_it) as lanes:
+        first, rest = lane.submit(in_turn), lanes.map(beside, others)
+        return [*first.result(), *rest]
+
+
+def prove(configuration: Configuration, device: str, timeout: float, commit: str) -> dict[str, Any]:
+    """Run one configuration; what it found, as an entry of the file."""
+    arguments = configuration.arguments(device)
+    began, rows, problem = time.perf_counter(), [], ""
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "isobit.cli.main", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+        )
+        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        if done.returncode != 0:
+            tail = " ".join(done.stderr.splitlines()[-3:])
+            problem = f"exit status {done.returncode}: {tail}"
+    except subprocess.TimeoutExpired as expired:
+        problem = f"not done after {timeout:g} s; {len(_text(expired.stdout).splitlines())} rows"
+    held = [row["invariance"] for row in rows if row["holds"] and not row["skipped"]]
+    failures = [f"{row['invariance']}: {row['failure']}" for row in rows if not row["holds"]]
+    runs = [run for row in rows for run in row["results"]]
+    return {
+        "name": configuration.name,
+        "model": configuration.model.name,
+        "page_size": configuration.page_size,
+        "chunk": configuration.chunk,
+        "graphs": _graphs(configuration.flags) if device == "cuda" else "none",
+        "command": " ".join(["isobit", *arguments]),
+        "held": held,
+        "failures": [*failures, *([problem] if problem and not failures else [])],
+        "skipped": [row["invariance"] for row in rows if row["skipped"]],
+        "digests": sorted({row["digest"] for row in rows if not row["skipped"]}),
+        "fingerprints": sorted({row["fingerprint"] for row in rows}),
+        "cases": max((row["cases"] for row in rows), default=0),
+        "requests": max((run["requests"] for run in runs), default=0),
+        "runs": len(runs),
+        "longest_prompt": max((row["longest_prompt"] for row in rows), default=0),
+        "details": [f"{run['label']}: {run['detail']}" for run in runs if run["detail"]],
+        "seconds": round(time.perf_counter() - began, 1),
+        "commit": commit,
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "device": _device_name(device),
+        "versions": _versions(),
+    }
+
+
+def _graphs(flags: Sequence[str]) -> str:
+    if "--no-cuda-graph" in flags:
+        return "off"
+    if "--cuda-graph-max-bs" in flags:
+        return f"to {flags[flags.index('--cuda-graph-max-bs') + 1]}"
+    return "to 256"
+
+
+def _text(output: str | bytes | None) -> str:
+    return output.decode() if isinstance(output, bytes) else output or ""
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or device
+
+
+def _versions() -> dict[str, str]:
+    versions = {
+        "isobit": isobit.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    if torch.version.cuda is not None:
+        versions |= {"cuda": torch.version.cuda, "triton": installed_version("triton") or "none"}
+    return versions
+
+
+def disagreements(entries: Iterable[dict[str, Any]]) -> list[str]:
+    """What must be one and the same within a model and is not."""
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for entry in entries:
+        for kind in ("digests", "fingerprints"):
+            for value in entry[kind]:
+                found.setdefault((entry["model"], kind), {}).setdefault(value, entry["name"])
+    return [
+        f"{model} has {len(values)} {kind}: "
+        + ", ".join(f"{value} ({name})" for value, name in values.items())
+        for (model, kind), values in found.items()
+        if len(values) > 1
+    ]
+
+
+def merged(path: Path, new: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The file's entries, those of the same name replaced, in the order of the table."""
+    old = json.loads(path.read_text()) if path.exists() else []
+    entries = {entry["name"]: entry for entry in [*old, *new]}
+    order = [configuration.name for configuration in TABLE]
+    return sorted(
+        entries.values(), key=lambda e: order.index(e["name"]) if e["name"] in order else -1
+    )
+
+
+def summary(entries: Iterable[dict[str, Any]]) -> str:
+    head = ["configuration", "held", "at once", "longest", "digest", "seconds"]
+    rows = [
+        [
+            entry["name"],
+            f"{len(entry['held'])}" + (" FAILED" if entry["failures"] else ""),
+            str(entry["requests"]),
+            str(entry["longest_prompt"]),
+            " ".join(entry["digests"]) or "-",
+            str(entry["seconds"]),
+        ]
+        for entry in entries
+    ]
+    return columns([head, *rows])
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.strip() or "unknown"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--list", action="store_true", help="the configurations; run nothing")
+    parser.add_argument("--only", nargs="+", default=[""], help="names that contain one of these")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
+    parser.add_argument("--memory", type=float, help="GiB for all; default: 0.94 of the GPU's")
+    parser.add_argument("--timeout", type=float, default=400, help="seconds of one process")
+    parser.add_argument("--commit", default=None, help="where there is no git to ask")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    return parser.parse_args(arguments)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    asked = parse(arguments)
+    pool = TABLE if asked.only == [""] else TABLE + TRIAL
+    chosen = [c for c in pool if any(text in c.name for text in asked.only)]
+    if not chosen:
+        raise SystemExit(f"no configuration contains {' or '.join(asked.only)}; see --list")
+    if asked.list:
+        print("\n".join(f"{c.name}: {c.requests} requests, {c.memory:.0f} GiB" for c in chosen))
+        return 0
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "there is no CUDA device; --device cpu --only tiny tries the script itself"
+        )
+    memory = asked.memory or (
+        0.94 * torch.cuda.mem_get_info()[1] / 2**30 if asked.device == "cuda" else 8.0 * asked.jobs
+    )
+    commit = asked.commit or _commit()
+
+    def one(configuration: Configuration) -> dict[str, Any]:
+        entry = prove(configuration, asked.device, asked.timeout, commit)
+        state = "; ".join(entry["failures"]) or f"{len(entry['held'])} held"
+        print(f"{configuration.name}: {entry['seconds']} s, {state}", flush=True)
+        return entry
+
+    new = side_by_side(chosen, one, memory, asked.jobs)
+    entries = merged(asked.output, new)
+    asked.output.write_text(json.dumps(entries, indent=1) + "\n")
+    problems = disagreements(entries)
+    print("\n".join(problems))
+    print(summary(entries))
+    return 1 if problems or any(entry["failures"] for entry in new) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run())
