@@ -7,6 +7,7 @@ result depends on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -22,7 +23,9 @@ from triton.runtime.errors import OutOfResources
 
 from ...errors import ConfigError, EngineError
 from ...folders import cache_folder
-from .candidates import Candidate, candidates
+from . import candidates as _ways
+from . import matmul, matmul_tma, pdl
+from .candidates import Candidate, UnfitError, candidates
 from .trials import Problem, Trial, random_rows, trials
 
 _log = logging.getLogger(__name__)
@@ -74,15 +77,25 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def choice_file(device: torch.device) -> ChoiceFile:
-    """The file for ``device`` under the versions that run now."""
+    """The file for ``device`` under the versions that run now, and this code: other candidates, or
+    the same ones written otherwise, are judged and timed anew."""
     parts = (
         torch.cuda.get_device_name(device),
         f"torch-{torch.__version__}",
         f"triton-{triton.__version__}",
         f"cuda-{torch.version.cuda}",
+        code_digest(),
     )
     name = "".join(c if c.isalnum() or c in ".-+" else "-" for c in "-".join(("linear", *parts)))
     return ChoiceFile(cache_folder() / f"{name}.json")
+
+
+def code_digest() -> str:
+    """Of the candidates and of the kernels that they are made of."""
+    digest = hashlib.sha256(str(pdl.ENABLED).encode())
+    for module in (_ways, matmul, matmul_tma, pdl):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 class Chooser:
@@ -158,7 +171,7 @@ class Chooser:
             try:
                 if trial.passed(candidate, rows):
                     continue
-            except OutOfResources:
+            except (OutOfResources, UnfitError):
                 return False  # a tile too large for this GPU is no mistake
             case = f"{problem}, {rows} rows"
             self.demoted.setdefault(candidate.name, []).append(case)

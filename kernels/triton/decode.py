@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .online_softmax import attend_span, fold_split, normalise, split_of, split_start
+from .pdl import overlapping, wait_for_inputs
 from .tiling import Scoring, Tiling, kernel_arguments, padded
 
 
@@ -97,6 +98,7 @@ def attend_decode(
         num_warps=tiling.decode.warps,
         num_stages=tiling.decode.stages,
         **shared,
+        **overlapping(q.device),
     )
     if slots == 0:  # no sequence has later splits
         return
@@ -111,6 +113,7 @@ def attend_decode(
         **{name: shared[name] for name in names},
         num_warps=1,
         enable_fp_fusion=False,
+        **overlapping(q.device),
     )
 
 
@@ -152,7 +155,9 @@ def _split_kernel(
     SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     kv_head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     kv_len = tl.load(seq_lens + seq)
@@ -232,7 +237,9 @@ def _fold_kernel(
     NEAR_END: tl.constexpr,
     SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     head = tl.program_id(0)
     num_q_heads = tl.num_programs(0)
     seq = tl.program_id(1).to(tl.int64)

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .pdl import overlapping, wait_for_inputs
+
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
     """Copy k, v ``[T, Hk, D]`` into the slots ``page * page_size + offset`` of the caches.
@@ -25,6 +27,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mappin
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
         num_warps=4,
+        **overlapping(k.device),
     )
 
 
@@ -39,11 +42,13 @@ def _write_kernel(
     PAGE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     target = slot // PAGE * page_stride + slot % PAGE * WIDTH
     lane = tl.arange(0, BLOCK)
     inside = lane < WIDTH
+    wait_for_inputs(PDL)
     tl.store(k_cache + target + lane, tl.load(k + token * WIDTH + lane, mask=inside), mask=inside)
     tl.store(v_cache + target + lane, tl.load(v + token * WIDTH + lane, mask=inside), mask=inside)

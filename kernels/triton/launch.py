@@ -7,6 +7,7 @@ aligned before it is handed over, and row counts are never specialised on.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 
@@ -33,6 +34,12 @@ def unavailable_reason(device: torch.device) -> str | None:
             "it runs on CUDA devices; on the CPU only in Triton's interpreter, TRITON_INTERPRET=1"
         )
     return None if device.type == "cuda" else f"it runs on CUDA devices, and the device is {device}"
+
+
+@functools.cache
+def hopper(device: torch.device) -> bool:
+    """Whether a device has what Hopper brought: compute capability 9.0 and up."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def aligned(x: Tensor) -> Tensor:

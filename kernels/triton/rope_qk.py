@@ -14,6 +14,7 @@ from torch import Tensor
 from ..kernel_set import QkNorm
 from .elementary import NO_FMA
 from .launch import aligned
+from .pdl import overlapping, wait_for_inputs
 
 
 @triton.jit
@@ -38,7 +39,9 @@ def _rope_qkv(
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_inputs(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     i = tl.arange(0, BLOCK)
@@ -105,6 +108,7 @@ def rope_qkv(
             NORM=norm is not None,
             num_warps=1,
             **NO_FMA,
+            **overlapping(qkv.device),
         )
     return q, k, v
 
