@@ -23,7 +23,7 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 204
 """Row counts that a choice is made for; a batch uses the smallest that holds it."""
 
 
-_MOST_PASSES = 8  # over W: a batch of more tiles than that is given taller ones
+_TALL = 128  # rows; lower tiles are for at most eight times as many
 
 
 class UnfitError(Exception):
@@ -129,14 +129,18 @@ def candidates(dtype: torch.dtype, bucket: int) -> Sequence[Candidate]:
     """
 
     def fitting(tiles: Sequence[Tile]) -> list[Tile]:
-        return [t for t in tiles if t.rows <= max(16, bucket) <= max(16, t.rows * _MOST_PASSES)]
+        return [t for t in tiles if t.rows <= max(16, bucket)]
 
     if dtype == torch.float32:
         return [TileCandidate(tile) for tile in (CANONICAL, *fitting(FLOAT_TILES))]
+
+    def tall(tiles: Sequence[Tile]) -> list[Tile]:
+        return [t for t in fitting(tiles) if t.rows >= min(bucket // 8, _TALL)]
+
     return [
-        *(TileCandidate(tile) for tile in (CANONICAL, *fitting(HALF_TILES))),
-        *(SwappedCandidate(tile) for tile in fitting(SWAPPED_TILES)),
-        *(TmaCandidate(tile) for tile in fitting(TMA_TILES)),
+        *(TileCandidate(tile) for tile in (CANONICAL, *tall(HALF_TILES))),
+        *(SwappedCandidate(tile) for tile in tall(SWAPPED_TILES)),
+        *(TmaCandidate(tile) for tile in tall(TMA_TILES)),
         CublasLt(),
     ]
 
