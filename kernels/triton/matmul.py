@@ -199,5 +199,6 @@ def depth_ahead(weight: Tensor, columns: int) -> int:
     if depth * size % 16:  # where a request must begin
         return 0
     programs = min(triton.cdiv(rows, columns), _AT_A_TIME)
-    step = LINES.value * LINE_BYTES // size
-    return min(AHEAD // (programs * columns * size), depth) // step * step
+    step: int = LINES.value * LINE_BYTES // size
+    wanted: int = min(AHEAD // (programs * columns * size), depth)
+    return wanted // step * step

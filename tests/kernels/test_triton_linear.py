@@ -183,7 +183,7 @@ def test_candidates_are_of_a_buckets_size_and_named_apart(dtype: torch.dtype) ->
             rows = bucket if isinstance(candidate, CublasLt) else candidate.tile.rows
             assert rows <= max(16, bucket)
             assert dtype == torch.float32 or rows >= min(bucket // 8, 128)
-        assert len(offered) > 2
+        assert len(offered) >= 2
 
 
 def test_views_and_more_rows_than_the_largest_bucket() -> None:
