@@ -118,5 +118,5 @@ class Model:
         layers = self.decoder.layers[:SWEPT_LAYERS]
         kinds = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
         return {kind: [getattr(layer, kind) for layer in layers] for kind in kinds} | {
-            "lm_head": [self.decoder.lm_head]  # type: ignore[list-item]
+            "lm_head": [self.decoder.lm_head]
         }
