@@ -12,7 +12,7 @@ from torch import Tensor
 from isobit.backends.base import AttentionConfig, Batch, LayerCache
 from isobit.backends.triton_attention import TritonAttention
 from isobit.kernels.dispatch import load_kernels
-from isobit.kernels.triton import linear, matmul, pdl
+from isobit.kernels.triton import launch, linear, matmul
 from isobit.kernels.triton.candidates import Candidate
 from isobit.kernels.triton.linear import TritonLinear
 from isobit.kernels.triton.trials import Problem
@@ -32,12 +32,12 @@ Choices = dict[tuple[int, int, int], Candidate]
 @contextmanager
 def overlap(enabled: bool, ahead: int = 16) -> Iterator[None]:
     """Kernels launched in the block overlap or not."""
-    before = pdl.ENABLED, matmul.AHEAD
-    pdl.ENABLED, matmul.AHEAD = enabled, ahead << 20
+    before = launch.OVERLAP, matmul.AHEAD
+    launch.OVERLAP, matmul.AHEAD = enabled, ahead << 20
     try:
         yield
     finally:
-        pdl.ENABLED, matmul.AHEAD = before
+        launch.OVERLAP, matmul.AHEAD = before
 
 
 @contextmanager

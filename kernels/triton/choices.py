@@ -24,7 +24,7 @@ from triton.runtime.errors import OutOfResources
 from ...errors import ConfigError, EngineError
 from ...folders import cache_folder
 from . import candidates as _ways
-from . import matmul, matmul_tma, pdl
+from . import launch, matmul, matmul_tma, pdl
 from .candidates import Candidate, UnfitError, candidates
 from .trials import Problem, Trial, random_rows, trials
 
@@ -92,7 +92,7 @@ def choice_file(device: torch.device) -> ChoiceFile:
 
 def code_digest() -> str:
     """Of the candidates and of the kernels that they are made of."""
-    digest = hashlib.sha256(str(pdl.ENABLED).encode())
+    digest = hashlib.sha256(str(launch.OVERLAP).encode())
     for module in (_ways, matmul, matmul_tma, pdl):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:12]

@@ -18,6 +18,10 @@ ALIGNMENT = 256
 """Bytes; the coarsest that torch tells cuBLASLt about, and less than its allocator gives."""
 
 
+OVERLAP = True
+"""Whether the kernels of a step overlap where the GPU can, which is from Hopper on: ``pdl.py``."""
+
+
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU. It truncates to bf16."""
     return os.environ.get("TRITON_INTERPRET") == "1"

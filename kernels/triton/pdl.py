@@ -13,15 +13,12 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import hopper
-
-ENABLED = True
-"""Whether kernels overlap where the GPU can, which is from Hopper on."""
+from . import launch
 
 
 def overlapping(device: torch.device) -> dict[str, bool]:
     """What a kernel that calls ``wait_for_inputs`` is launched with."""
-    if ENABLED and hopper(device):
+    if launch.OVERLAP and launch.hopper(device):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 

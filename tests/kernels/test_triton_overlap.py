@@ -26,10 +26,10 @@ from isobit.kernels.triton import (
     activation,
     decode,
     kv_write,
+    launch,
     matmul,
     matmul_tma,
     norm,
-    pdl,
     rope_qk,
 )
 from isobit.kernels.triton.choices import code_digest
@@ -225,9 +225,9 @@ def test_how_much_is_asked_for_ahead() -> None:
 def test_without_a_gpu_nothing_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert overlapping(cpu) == {"PDL": False}
-    monkeypatch.setattr(pdl, "hopper", lambda device: True)
+    monkeypatch.setattr(launch, "hopper", lambda device: True)
     assert overlapping(cpu) == {"PDL": True, "launch_pdl": True}
     before = code_digest()
-    monkeypatch.setattr(pdl, "ENABLED", False)
+    monkeypatch.setattr(launch, "OVERLAP", False)
     assert overlapping(cpu) == {"PDL": False}
     assert code_digest() != before  # other times, so other choices
