@@ -19,7 +19,7 @@ ALIGNMENT = 256
 
 
 OVERLAP = True
-"""Whether the kernels of a step overlap where the GPU can, which is from Hopper on: ``pdl.py``."""
+"""Whether the kernels of a step overlap on Hopper: ``pdl.py``."""
 
 
 def interpreted() -> bool:
@@ -42,8 +42,9 @@ def unavailable_reason(device: torch.device) -> str | None:
 
 @functools.cache
 def hopper(device: torch.device) -> bool:
-    """Whether a device has what Hopper brought: compute capability 9.0 and up."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether a device is of compute capability 9: what that brought is used there, where it was
+    tried, and not on later ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def aligned(x: Tensor) -> Tensor:

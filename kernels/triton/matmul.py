@@ -78,7 +78,7 @@ SWAPPED_TILES = (
     Tile(32, 64, 128, 4, 4, swapped=True),
     Tile(64, 128, 64, 4, 4, swapped=True),
 )
-"""For bf16 and fp16 on Hopper and later."""
+"""For bf16 and fp16 on Hopper."""
 
 FLOAT_TILES = (Tile(16, 32, 64, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2))
 

@@ -1,4 +1,4 @@
-"""The tiled product whose tiles are brought by the tensor memory accelerator of Hopper and later.
+"""The tiled product whose tiles are brought by Hopper's tensor memory accelerator.
 
 Contract: ``matmul.py``'s. A tile is one request of one thread, so no warp spends its time on
 addresses; what lies past the ends of x, W and K arrives as zeros.
@@ -25,7 +25,7 @@ TMA_TILES = (
     Tile(128, 256, 64, 8, 4),
     Tile(256, 128, 64, 8, 4),
 )
-"""For bf16 and fp16."""
+"""For bf16 and fp16 on Hopper."""
 
 
 @triton.jit(do_not_specialize=["M", "ahead"])
