@@ -3,8 +3,10 @@
 Contract: it changes no bit. A kernel launched with ``overlapping`` calls ``wait_for_inputs`` before
 it reads what another such kernel writes, and before it writes anything. The wait ends when the
 kernel before has ended and its results can be seen; as that one waited too, so have all before it.
-Ahead of the wait it may read weights and what torch's ops or copies wrote: these are launched
-without the attribute, so whatever comes after them starts when they have ended.
+A program that touches nothing of the kind may end without a wait where another of its kernel waits.
+
+Ahead of the wait a program may read weights, and what torch's ops or copies wrote: these are
+launched without the attribute, so whatever comes after them starts when they have ended.
 """
 
 from __future__ import annotations

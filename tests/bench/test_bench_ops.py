@@ -15,7 +15,7 @@ from isobit.bench.op_profile import op_ranges, read_trace
 from isobit.bench.steady import StepKind, max_model_len
 from isobit.bench.workload import fixed_length, random_prompts
 from isobit.errors import ConfigError, EngineError
-from isobit.kernels.triton import launch
+from isobit.kernels.triton import launch as launching
 
 LIMITS = Limits(1e10, 1e11, "float32")
 OPS = {"norm", "qkv_proj", "rope", "attention", "o_proj", "gate_up_proj", "act", "down_proj"}
@@ -62,7 +62,7 @@ def test_ranges_change_neither_the_bits_nor_the_engine(llm: LLM) -> None:
     owners = [llm.engine, llm.engine.runner, llm.engine.runner.backend, decoder, *decoder.layers]
     attributes = [dict(vars(owner)) for owner in owners]
     with op_ranges(llm.engine):
-        assert not launch.OVERLAP
+        assert not launching.OVERLAP
         assert outputs() == before
         assert [dict(vars(owner)) for owner in owners] != attributes
     for owner, kept in zip(owners, attributes, strict=True):
