@@ -208,12 +208,13 @@ def main() -> None:
         choices: dict[tuple[bool, bool], Choices] = {
             (enabled, new): {} for enabled in (False, True) for new in (False, True)
         }
+        table: list[str] = []
         for rows in options.rows:
             for kind, linears in model.linears().items():
                 size = (linears[0].out_features, linears[0].in_features, bucket_of(rows))
                 for key, way in sweep(kind, linears, rows, ways, rate).items():
                     choices[key][size] = way
-        table = [line for rows in options.rows for line in time_step(model, rows, choices, rate)]
+            table += time_step(model, rows, choices, rate)
     print(f"\n{head}, copy {rate:.0f} GB/s", *table, sep="\n")
 
 

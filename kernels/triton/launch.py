@@ -18,7 +18,7 @@ ALIGNMENT = 256
 """Bytes; the coarsest that torch tells cuBLASLt about, and less than its allocator gives."""
 
 
-OVERLAP = True
+OVERLAP = False
 """Whether the kernels of a step overlap on Hopper: ``pdl.py``."""
 
 

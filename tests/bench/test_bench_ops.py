@@ -52,7 +52,11 @@ def test_the_ops_add_up_to_the_step(llm: LLM, kind: StepKind) -> None:
     assert not llm.engine.has_unfinished()
 
 
-def test_ranges_change_neither_the_bits_nor_the_engine(llm: LLM) -> None:
+def test_ranges_change_neither_the_bits_nor_the_engine(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "OVERLAP", True)
+
     def outputs() -> list[Any]:
         prompts = random_prompts(llm.engine.vocab_size, 3, 20, seed=1)
         return [o.outputs for o in llm.generate(prompts, fixed_length(6), use_tqdm=False)]
@@ -65,6 +69,7 @@ def test_ranges_change_neither_the_bits_nor_the_engine(llm: LLM) -> None:
         assert not launching.OVERLAP
         assert outputs() == before
         assert [dict(vars(owner)) for owner in owners] != attributes
+    assert launching.OVERLAP
     for owner, kept in zip(owners, attributes, strict=True):
         assert vars(owner).keys() == kept.keys()
         assert all(vars(owner)[name] is kept[name] for name in kept if name != "_groups")

@@ -227,6 +227,7 @@ def test_how_much_is_asked_for_ahead() -> None:
 
 def test_without_a_gpu_nothing_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
+    monkeypatch.setattr(launch, "OVERLAP", True)
     assert overlapping(cpu) == {"PDL": False}
     monkeypatch.setattr(launch, "hopper", lambda device: True)
     assert overlapping(cpu) == {"PDL": True, "launch_pdl": True}
