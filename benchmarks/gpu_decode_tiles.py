@@ -130,7 +130,7 @@ class Canonical:
 
 
 def compile_way(way: Candidate) -> str | None:
-    """In a process of its own: run a way once in each form; its name if it cannot be run."""
+    """In a process of its own: run a way once in each form; why if it cannot be run."""
     x = torch.zeros(16, 1024, dtype=DTYPE, device=DEVICE)
     weight = torch.zeros(256, 1024, dtype=DTYPE, device=DEVICE)
     try:
@@ -139,8 +139,8 @@ def compile_way(way: Candidate) -> str | None:
                 for out_dtype in (DTYPE, torch.float32):
                     way(x, weight, out_dtype, 16)
         torch.cuda.synchronize()
-    except (OutOfResources, UnfitError, RuntimeError):
-        return way.name
+    except (OutOfResources, UnfitError, RuntimeError) as error:
+        return f"{type(error).__name__}: {str(error)[:80]}"
     return None
 
 
@@ -164,7 +164,14 @@ def compiled(ways: Sequence[Candidate], config: ModelConfig) -> list[Candidate]:
     for process in list(pool._processes.values()) if hanging else []:
         process.kill()
     pool.shutdown(wait=True, cancel_futures=True)
-    sound = [w for f, w in tried.items() if f in done and not f.exception() and not f.result()]
-    lost = [way.name for way in ways if way not in sound]
-    print("cannot be run:", ", ".join(lost) or "none", flush=True)
+    sound = []
+    for future in everything:
+        name = tried[future].name if future in tried else "a step of one layer"
+        why = "did not come back"
+        if future in done:
+            why = repr(future.exception()) if future.exception() else future.result()
+        if why:
+            print(f"cannot be run: {name}: {why}", flush=True)
+        elif future in tried:
+            sound.append(tried[future])
     return sound
