@@ -23,7 +23,7 @@ from triton.runtime.errors import OutOfResources
 from isobit.kernels.dispatch import load_kernels
 from isobit.kernels.kernel_set import Draw, QkNorm
 from isobit.kernels.rope import rope_table
-from isobit.kernels.triton.candidates import bucket_of, candidates
+from isobit.kernels.triton.candidates import UnfitError, bucket_of, candidates
 from isobit.kernels.triton.choose import choose
 from isobit.kernels.triton.linear import TritonLinear
 from isobit.kernels.triton.logits import log_normalisers
@@ -106,7 +106,7 @@ def bits_and_times(
     for candidate in candidates(dtype, bucket):
         try:
             equal = all(trial.passed(candidate, rows) for trial in tried)
-        except OutOfResources:
+        except (OutOfResources, UnfitError):
             continue
 
         def every(candidate=candidate) -> None:  # type: ignore[no-untyped-def]

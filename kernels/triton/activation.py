@@ -11,12 +11,14 @@ from torch import Tensor
 
 from .elementary import NO_FMA, exp_in_range
 from .launch import aligned
+from .pdl import overlapping, wait_for_inputs
 
 _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def _silu_mul(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    wait_for_inputs(PDL)
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate_at = gate_up_ptr + row * 2 * WIDTH + i
@@ -36,6 +38,12 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(rows, width)
     if out.numel():
         _silu_mul[(rows, triton.cdiv(width, _BLOCK))](
-            gate_up, out, WIDTH=width, BLOCK=_BLOCK, num_warps=4, **NO_FMA
+            gate_up,
+            out,
+            WIDTH=width,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            **NO_FMA,
+            **overlapping(gate_up.device),
         )
     return out

@@ -15,11 +15,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .launch import aligned
-from .matmul import CANONICAL, FLOAT_TILES, HALF_TILES, Tile, matmul
+from .launch import aligned, hopper
+from .matmul import CANONICAL, FLOAT_TILES, HALF_TILES, SWAPPED_TILES, Tile, matmul
+from .matmul_tma import TMA_TILES, matmul_tma
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Row counts that a choice is made for; a batch uses the smallest that holds it."""
+
+
+_TALL = 128  # rows; lower tiles are for at most eight times as many
+
+
+class UnfitError(Exception):
+    """A candidate cannot compute such a product here, which is no mistake."""
 
 
 class Candidate(Protocol):
@@ -29,7 +37,10 @@ class Candidate(Protocol):
     def name(self) -> str: ...
 
     def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
-        """x ``[M, K]`` with M at most ``bucket``, weight ``[N, K]``, both aligned -> ``[M, N]``."""
+        """x ``[M, K]`` with M at most ``bucket``, weight ``[N, K]``, both aligned -> ``[M, N]``.
+
+        :raises UnfitError: it is not for this shape or this GPU
+        """
         ...
 
 
@@ -42,6 +53,29 @@ class TileCandidate:
 
     def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
         return matmul(x, weight, out_dtype, self.tile)
+
+
+class SwappedCandidate(TileCandidate):
+    """The same with the operands changed over, which pays with Hopper's instructions alone."""
+
+    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+        if not hopper(weight.device):
+            raise UnfitError(self.name)
+        return super().__call__(x, weight, out_dtype, bucket)
+
+
+class TmaCandidate:
+    """The Triton kernel that loads by Hopper's tensor memory accelerator, with one tile."""
+
+    def __init__(self, tile: Tile, specialise: bool = False) -> None:
+        self.tile = tile
+        self.specialise = specialise
+        self.name = f"{tile} tma{' specialised' * specialise}"
+
+    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+        if not hopper(weight.device) or weight.shape[1] * weight.element_size() % 16:
+            raise UnfitError(self.name)
+        return matmul_tma(x, weight, out_dtype, self.tile, self.specialise)
 
 
 class CublasLt:
@@ -90,13 +124,25 @@ def canonical(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
 def candidates(dtype: torch.dtype, bucket: int) -> Sequence[Candidate]:
     """Those worth a try for ``bucket`` rows; the canonical tile is always among them.
 
-    Tiles far taller than the bucket are left out. fp32 has no cuBLASLt: its reduction order for
-    fp32 is not that of the tiles.
+    Tiles far taller or lower than the bucket are left out. fp32 has no cuBLASLt, whose order of
+    reduction for fp32 is not that of the tiles.
     """
-    tiles = FLOAT_TILES if dtype == torch.float32 else HALF_TILES
-    fitting = [tile for tile in tiles if tile.rows <= max(16, bucket)]
-    found: list[Candidate] = [TileCandidate(tile) for tile in (CANONICAL, *fitting)]
-    return found if dtype == torch.float32 else [*found, CublasLt()]
+
+    def fitting(tiles: Sequence[Tile]) -> list[Tile]:
+        return [t for t in tiles if t.rows <= max(16, bucket)]
+
+    if dtype == torch.float32:
+        return [TileCandidate(tile) for tile in (CANONICAL, *fitting(FLOAT_TILES))]
+
+    def tall(tiles: Sequence[Tile]) -> list[Tile]:
+        return [t for t in fitting(tiles) if t.rows >= min(bucket // 8, _TALL)]
+
+    return [
+        *(TileCandidate(tile) for tile in (CANONICAL, *tall(HALF_TILES))),
+        *(SwappedCandidate(tile) for tile in tall(SWAPPED_TILES)),
+        *(TmaCandidate(tile) for tile in tall(TMA_TILES)),
+        CublasLt(),
+    ]
 
 
 def bucket_of(rows: int) -> int:

@@ -7,6 +7,7 @@ result depends on.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -22,13 +23,17 @@ from triton.runtime.errors import OutOfResources
 
 from ...errors import ConfigError, EngineError
 from ...folders import cache_folder
-from .candidates import Candidate, candidates
+from . import candidates as _ways
+from . import launch, matmul, matmul_tma, pdl
+from .candidates import Candidate, UnfitError, candidates
+from .norm import rms_norm
 from .trials import Problem, Trial, random_rows, trials
 
 _log = logging.getLogger(__name__)
 
 _REPEATS = 11
 _FLUSH_BYTES = 2**28  # more than any second-level cache
+_SHORT = 4096
 
 Timer = Callable[[Callable[[], Tensor]], float]
 """Milliseconds that a call takes on the device."""
@@ -74,15 +79,25 @@ def _read(path: Path) -> dict[str, str]:
 
 
 def choice_file(device: torch.device) -> ChoiceFile:
-    """The file for ``device`` under the versions that run now."""
+    """The file for ``device`` under the versions that run now, and this code: other candidates, or
+    the same ones written otherwise, are judged and timed anew."""
     parts = (
         torch.cuda.get_device_name(device),
         f"torch-{torch.__version__}",
         f"triton-{triton.__version__}",
         f"cuda-{torch.version.cuda}",
+        code_digest(),
     )
     name = "".join(c if c.isalnum() or c in ".-+" else "-" for c in "-".join(("linear", *parts)))
     return ChoiceFile(cache_folder() / f"{name}.json")
+
+
+def code_digest() -> str:
+    """Of the candidates and of the kernels that they are made of."""
+    digest = hashlib.sha256(str(launch.OVERLAP).encode())
+    for module in (_ways, matmul, matmul_tma, pdl):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 class Chooser:
@@ -158,7 +173,7 @@ class Chooser:
             try:
                 if trial.passed(candidate, rows):
                     continue
-            except OutOfResources:
+            except (OutOfResources, UnfitError):
                 return False  # a tile too large for this GPU is no mistake
             case = f"{problem}, {rows} rows"
             self.demoted.setdefault(candidate.name, []).append(case)
@@ -168,14 +183,19 @@ class Chooser:
 
 
 def median_ms(run: Callable[[], Tensor]) -> float:
-    """Median time of a call on the GPU, its operands out of the caches, in milliseconds."""
+    """Median time of a call behind a short kernel, as a linear comes in a step: what starts early
+    is not waited for. Its operands are out of the GPU's caches. In milliseconds, both together."""
+    row = torch.ones(1, _SHORT, device="cuda")
     run()
+    rms_norm(row, row[0], 1.0)
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for _ in range(_REPEATS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()  # long enough for the host to queue the call behind it
+        for _ in range(2):  # long enough for the host to queue the rest behind it
+            flush.zero_()
         start.record()
+        rms_norm(row, row[0], 1.0)
         run()
         end.record()
         pairs.append((start, end))

@@ -7,6 +7,7 @@ aligned before it is handed over, and row counts are never specialised on.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from importlib import metadata
@@ -21,6 +22,10 @@ OLDEST_GPU = (8, 0)
 
 ALIGNMENT = 256
 """Bytes; the coarsest that torch tells cuBLASLt about, and less than its allocator gives."""
+
+
+OVERLAP = False
+"""Whether the kernels of a step overlap on Hopper: ``pdl.py``."""
 
 
 def interpreted() -> bool:
@@ -65,6 +70,13 @@ def _too_old_gpu(device: torch.device) -> str | None:
         return None
     wanted = ".".join(map(str, OLDEST_GPU))
     return f"the GPU has compute capability {major}.{minor}, and at least {wanted} is wanted"
+
+
+@functools.cache
+def hopper(device: torch.device) -> bool:
+    """Whether a device is of compute capability 9: what that brought is used there, where it was
+    tried, and not on later ones."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -3,6 +3,10 @@
 Contract: one fp32 accumulator per output, from zero, walks K in ascending order; inside one
 tensor-core instruction the hardware's own order holds. K is never split, and what a tile's size is
 changes no bit: the tail of K is filled with zeros. fp32 inputs are multiplied in fp32, not TF32.
+Which operand of a product a tile of W is changes none either, nor how tiles are loaded.
+
+A step of few rows takes the time in which W is read. So a program that starts while earlier kernels
+still run (``pdl.py``) has the first part of its W brought into the second-level cache meanwhile.
 """
 
 from __future__ import annotations
@@ -15,20 +19,27 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import interpreted
+from .pdl import let_next_start, overlapping, wait_for_inputs
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows, columns and depth of a tile; warps that share it; loads in flight."""
+    """Rows, columns and depth of a tile; warps that share it; loads in flight.
+
+    swapped: whether the product is ``W @ x^T``, for which Hopper's instructions take few rows of x,
+        and W straight from shared memory; it wants 64 columns or more
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    swapped: bool = False
 
     def __str__(self) -> str:
-        return f"triton {self.rows}x{self.columns}x{self.depth} w{self.warps} s{self.stages}"
+        size = f"{self.rows}x{self.columns}x{self.depth}"
+        return f"triton {size} w{self.warps} s{self.stages}{' swapped' * self.swapped}"
 
 
 CANONICAL = Tile(16, 32, 128, 4, 3)
@@ -50,10 +61,49 @@ HALF_TILES = (
 )
 """For bf16 and fp16; each fits into the shared memory of Ampere and later data-centre GPUs."""
 
+AHEAD = 2**24
+"""Bytes of W that a product has brought into the second-level cache before its inputs are there."""
+
+LINES = tl.constexpr(4)
+"""Requests for neighbouring parts of one row of W that are made together."""
+
+LINE_BYTES = 256
+"""Of one such request."""
+
+_AT_A_TIME = 256  # programs, about as many as a large GPU runs
+
+SWAPPED_TILES = (
+    Tile(16, 64, 128, 4, 4, swapped=True),
+    Tile(16, 128, 64, 4, 4, swapped=True),
+    Tile(32, 64, 128, 4, 4, swapped=True),
+    Tile(64, 128, 64, 4, 4, swapped=True),
+)
+"""For bf16 and fp16 on Hopper."""
+
 FLOAT_TILES = (Tile(16, 32, 64, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2))
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def prefetch_weight(w_ptr, tile, wanted, ahead, N, K, ROWS: tl.constexpr, LINE: tl.constexpr):
+    """The first ``ahead`` values of each row of a tile of W into the second-level cache.
+
+    LINE: values of one request; ``ahead`` is a multiple of ``LINES`` of them
+    """
+    if wanted:
+        n = tl.minimum(tile * ROWS + tl.arange(0, ROWS), N - 1).to(tl.int64)
+        at = w_ptr + n[:, None] * K + tl.arange(0, LINES)[None, :] * LINE
+        for start in range(0, ahead, LINES * LINE):
+            tl.inline_asm_elementwise(
+                "cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0;",
+                "=r,l",
+                [(at + start).to(tl.int64)],
+                tl.int32,
+                False,
+                1,
+            )
+
+
+@triton.jit(do_not_specialize=["M", "ahead"])
 def _matmul(
     x_ptr,
     w_ptr,
@@ -61,15 +111,23 @@ def _matmul(
     M,
     N,
     K,
+    ahead,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
     WIDEN: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    LINE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     # Programs of the same columns are neighbours, so that W is read from memory once.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
+    let_next_start(PDL)
+    if PDL:
+        prefetch_weight(w_ptr, pid // tiles_m, pid % tiles_m == 0, ahead, N, K, BLOCK_N, LINE)
+    wait_for_inputs(PDL)
     m = (pid % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (pid // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -77,7 +135,10 @@ def _matmul(
     x_at = x_ptr + m[:, None].to(tl.int64) * K + k[None, :]
     w_at = w_ptr + n[None, :].to(tl.int64) * K + k[:, None]
     m_in, n_in = m[:, None] < M, n[None, :] < N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if SWAPPED:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
         if WHOLE_K:
             x = tl.load(x_at, mask=m_in, other=0.0)
@@ -87,9 +148,14 @@ def _matmul(
             w = tl.load(w_at, mask=n_in & (k[:, None] < K - start), other=0.0)
         if WIDEN:
             x, w = x.to(tl.float32), w.to(tl.float32)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if SWAPPED:
+            acc = tl.dot(tl.trans(w), tl.trans(x), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(x, w, acc, input_precision="ieee")
         x_at += BLOCK_K
         w_at += BLOCK_K
+    if SWAPPED:
+        acc = tl.trans(acc)
     out_at = out_ptr + m[:, None].to(tl.int64) * N + n[None, :]
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=m_in & n_in)
 
@@ -102,6 +168,7 @@ def matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype, tile: Tile = CANON
     rows, depth = x.shape
     columns = weight.shape[0]
     out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
+    overlap = overlapping(x.device)
     if rows and columns:
         _matmul[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
             x,
@@ -110,13 +177,28 @@ def matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype, tile: Tile = CANON
             rows,
             columns,
             depth,
+            depth_ahead(weight, tile.columns) if overlap["PDL"] else 0,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,
             WHOLE_K=depth % tile.depth == 0,
             WIDEN=interpreted(),  # it has no bf16 product
+            SWAPPED=tile.swapped,
+            LINE=LINE_BYTES // weight.element_size(),
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,  # in fp32 every step of a sum is one fma
+            **overlap,
         )
     return out
+
+
+def depth_ahead(weight: Tensor, columns: int) -> int:
+    """How much of K each program of so many columns asks for ahead, of ``AHEAD`` bytes in all."""
+    (rows, depth), size = weight.shape, weight.element_size()
+    if depth * size % 16:  # where a request must begin
+        return 0
+    programs = min(triton.cdiv(rows, columns), _AT_A_TIME)
+    step: int = LINES.value * LINE_BYTES // size
+    wanted: int = min(AHEAD // (programs * columns * size), depth)
+    return wanted // step * step

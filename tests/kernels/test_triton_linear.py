@@ -18,10 +18,27 @@ from triton.runtime import interpreter
 
 from isobit.errors import ConfigError, EngineError
 from isobit.kernels.triton import candidates as ways
-from isobit.kernels.triton.candidates import BUCKETS, CublasLt, TileCandidate, bucket_of, canonical
+from isobit.kernels.triton.candidates import (
+    BUCKETS,
+    CublasLt,
+    TileCandidate,
+    TmaCandidate,
+    UnfitError,
+    bucket_of,
+    candidates,
+    canonical,
+)
 from isobit.kernels.triton.choices import ChoiceFile, Chooser
 from isobit.kernels.triton.linear import TritonLinear, chooser
-from isobit.kernels.triton.matmul import CANONICAL, FLOAT_TILES, HALF_TILES, Tile, matmul
+from isobit.kernels.triton.matmul import (
+    CANONICAL,
+    FLOAT_TILES,
+    HALF_TILES,
+    SWAPPED_TILES,
+    Tile,
+    matmul,
+)
+from isobit.kernels.triton.matmul_tma import TMA_TILES, matmul_tma
 from isobit.kernels.triton.trials import (
     Problem,
     Trial,
@@ -113,12 +130,60 @@ def test_a_split_by_the_batch_is_caught() -> None:
 HALVES = (slice(0, 150), slice(150, 300))
 
 
-@pytest.mark.parametrize("tile", [CANONICAL, *HALF_TILES[:6], HALF_TILES[8], *FLOAT_TILES], ids=str)
+@pytest.mark.parametrize(
+    "tile", [CANONICAL, *HALF_TILES[:6], HALF_TILES[8], *SWAPPED_TILES[:3], *FLOAT_TILES], ids=str
+)
 def test_every_tile_is_the_same_product(tile: Tile) -> None:
     dtype = torch.float32 if tile in FLOAT_TILES else torch.bfloat16
     weight, x = weight_of(90, 600, dtype), rows_of(37, 600, dtype)
     result = matmul(x, weight, torch.float32, tile)
     assert same_bits(result, canonical(x, weight, torch.float32))
+
+
+@pytest.mark.parametrize("tile", TMA_TILES[:5], ids=str)
+def test_tiles_loaded_by_tma_are_the_same_product(tile: Tile) -> None:
+    weight, x = weight_of(90, 600, torch.bfloat16), rows_of(37, 600, torch.bfloat16)
+    result = matmul_tma(x, weight, torch.float32, tile)
+    assert same_bits(result, canonical(x, weight, torch.float32))
+    swapped_halves = (
+        torch.cat([x[:, 300:], x[:, :300]], 1),
+        torch.cat([weight[:, 300:], weight[:, :300]], 1),
+    )
+    assert not same_bits(result, matmul_tma(*swapped_halves, torch.float32, tile))
+
+
+def test_a_candidate_says_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = weight_of(8, 20, torch.bfloat16), rows_of(2, 20, torch.bfloat16)
+    way = TmaCandidate(TMA_TILES[0])
+    monkeypatch.setattr(ways, "hopper", lambda device: True)
+    with pytest.raises(UnfitError):  # rows of 40 bytes
+        way(x, weight, torch.float32, 2)
+    assert way(x[:, :16].contiguous(), weight[:, :16].contiguous(), torch.float32, 2).any()
+    monkeypatch.setattr(ways, "hopper", lambda device: False)
+    with pytest.raises(UnfitError):
+        way(x[:, :16].contiguous(), weight[:, :16].contiguous(), torch.float32, 2)
+
+
+def test_an_unfit_candidate_is_no_fault(tmp_path: Path) -> None:
+    offered = [TmaCandidate(TMA_TILES[0]), Named("fast")]
+    chooser = Chooser(ChoiceFile(tmp_path / "c"), lambda run: 1.0, lambda dtype, bucket: offered)
+    if DEVICE.type == "cpu":
+        assert chooser.choose(PROBLEM, WEIGHT).name == "fast"
+        assert not chooser.demoted
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_candidates_are_of_a_buckets_size_and_named_apart(dtype: torch.dtype) -> None:
+    for bucket in BUCKETS:
+        offered = candidates(dtype, bucket)
+        names = [candidate.name for candidate in offered]
+        assert len(set(names)) == len(names)
+        assert names[0] == str(CANONICAL)
+        for candidate in offered[1:]:
+            rows = bucket if isinstance(candidate, CublasLt) else candidate.tile.rows
+            assert rows <= max(16, bucket)
+            assert dtype == torch.float32 or rows >= min(bucket // 8, 128)
+        assert len(offered) >= 2
 
 
 def test_views_and_more_rows_than_the_largest_bucket() -> None:
