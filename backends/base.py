@@ -162,6 +162,8 @@ class AttentionBackend(ABC):
     ) -> None:
         """Write this step's ``k`` and ``v`` into ``layer``, then attend.
 
+        Every backend has this method, unless it declares ``engine_writes_kv``.
+
         q, out: ``[T, q_heads, head_dim]``; k, v: ``[T, kv_heads, head_dim]``, all contiguous and
         in the config's dtype. ``out`` is uninitialised and filled in place; row ``t`` sees KV
         positions ``0 … positions[t]`` of its own sequence (less under a sliding window). Query
@@ -170,7 +172,9 @@ class AttentionBackend(ABC):
         Row ``t`` of ``k`` and ``v`` goes to slot ``slot_mapping[t]``, and no other slot is written.
         Nothing is kept of ``q``, ``k``, ``v`` and ``out``: their memory is reused at once.
         """
-        raise NotImplementedError(f"{type(self).__name__} declares engine_writes_kv")
+        raise NotImplementedError(
+            f"{type(self).__name__} writes no K and V: it must declare engine_writes_kv"
+        )
 
     def run_written(self, q: Tensor, layer: LayerCache, plan: Any, out: Tensor) -> None:
         """``run`` of a backend that declares ``engine_writes_kv``: attend, and write only ``out``.

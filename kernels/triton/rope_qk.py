@@ -1,10 +1,11 @@
 """From one row of the QKV product to q, k and v: split, QK norm where the model has one, RoPE.
 
 Contract: a head's bits depend on that head and its position alone. The norm rounds as ``norm.py``
-does. The squares of the head's two halves are added pairwise; of that half, padded with zeros to a
-power of two, each run of a 32nd is added by one ``tl.sum``; and of the up to 32 sums the second
-half is added to the first until one is left. RoPE is elementwise and has the bits of
-``kernels/rope.py``. A program takes several heads of one token, which changes no bit.
+does. The squares of the head's two halves are added pairwise, and padded with zeros to a power of
+two. While there are more than 32, adjacent ones are added; then the second half is added to the
+first until one is left. Every step adds two numbers, so the order does not depend on the compiler.
+RoPE is elementwise and has the bits of ``kernels/rope.py``. A program takes several heads of one
+token, which changes no bit.
 
 K and V go to rows of their own, or straight to their slots of the paged cache.
 """
@@ -27,11 +28,11 @@ _PAIRS = 512  # of a program: 16 bytes of either half for each thread of two war
 @triton.jit
 def _sums(x, HEADS: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of each of the rows ``[HEADS, BLOCK]``, in the contract's order: ``[HEADS, 1]``."""
-    LANES: tl.constexpr = min(BLOCK, 32)
-    x = tl.sum(tl.reshape(x, (HEADS, LANES, BLOCK // LANES)), axis=2)
-    for fold in tl.static_range(1, 6):
-        if LANES >> fold:
-            x = tl.sum(tl.reshape(x, (HEADS, 2, LANES >> fold)), axis=1)
+    for fold in tl.static_range(1, 11):
+        if BLOCK >> fold >= 32:
+            x = tl.sum(tl.reshape(x, (HEADS, BLOCK >> fold, 2)), axis=2)
+        elif BLOCK >> fold:
+            x = tl.sum(tl.reshape(x, (HEADS, 2, BLOCK >> fold)), axis=1)
     return tl.reshape(x, (HEADS, 1))
 
 

@@ -38,7 +38,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Install:
     """Replaces all installed plugins by one that offers one backend, or fails to import."""
 
     def replace(load: Callable[[], object] | None = None, **spec: Any) -> None:
-        capabilities = Capabilities(dtypes={"float32"}, devices=spec.pop("devices", {"cpu"}))
+        capabilities = Capabilities(
+            dtypes={"float32"}, devices=spec.pop("devices", {"cpu"}), engine_writes_kv=True
+        )
         factory = spec.pop("factory", "isobit.backends.torch_attention:TorchAttention")
         backend = BackendSpec(name="toy", api=1, factory=factory, capabilities=capabilities, **spec)
         plugin = SimpleNamespace(isobit_attention_backends=hookimpl(lambda: [backend]))

@@ -109,12 +109,10 @@ def contract(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     squares = first * first + second * second
     block = 1 << (squares.shape[-1] - 1).bit_length()
     squares = torch.nn.functional.pad(squares, (0, block - squares.shape[-1]))
-    runs = squares.unflatten(-1, (min(block, 32), -1)).unbind(-1)
-    total = runs[0]
-    for run in runs[1:]:
-        total = total + run
+    while squares.shape[-1] > 32:
+        squares = squares[..., ::2] + squares[..., 1::2]
     # Rounded once: MKL's root in fp32, which torch calls on a CPU, is an ulp off here and there.
-    root = (tree_sum(total) / x.shape[-1] + eps).double().sqrt().float()
+    root = (tree_sum(squares) / x.shape[-1] + eps).double().sqrt().float()
     inverse = 1.0 / root
     return (x.float() * inverse[..., None]).to(x.dtype) * weight
 
