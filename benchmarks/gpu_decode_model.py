@@ -17,7 +17,7 @@ from isobit.kernels.triton.candidates import Candidate
 from isobit.kernels.triton.linear import TritonLinear
 from isobit.kernels.triton.trials import Problem
 from isobit.models.config import ModelConfig
-from isobit.models.decoder import Decoder
+from isobit.models.decoder import Decoder, WrittenAttention
 from isobit.models.weights import random_weights
 
 DEVICE = torch.device("cuda")
@@ -106,12 +106,13 @@ class Model:
         self.backend.capture(batch.num_seqs)
         plan = self.backend.plan(batch)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attend(layer: int, q: Tensor) -> Tensor:
             out = torch.empty_like(q)
-            self.backend.run(q, k, v, self.caches[layer], plan, out)
+            self.backend.run_written(q, self.caches[layer], plan, out)
             return out
 
-        return lambda: self.decoder.forward(batch.token_ids, batch.positions, attend)
+        attention = WrittenAttention(self.caches, batch.slot_mapping, attend)
+        return lambda: self.decoder.forward(batch.token_ids, batch.positions, attention)
 
     def linears(self) -> dict[str, list[TritonLinear]]:
         """Some of each kind, on other weights."""

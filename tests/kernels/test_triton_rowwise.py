@@ -111,8 +111,10 @@ def contract(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     squares = torch.nn.functional.pad(squares, (0, block - squares.shape[-1]))
     while squares.shape[-1] > 32:
         squares = squares[..., ::2] + squares[..., 1::2]
+    # A tensor divisor: by a plain number, torch may multiply by its rounded reciprocal instead.
+    mean = tree_sum(squares) / torch.full((), float(x.shape[-1]), device=x.device)
     # Rounded once: MKL's root in fp32, which torch calls on a CPU, is an ulp off here and there.
-    root = (tree_sum(squares) / x.shape[-1] + eps).double().sqrt().float()
+    root = (mean + eps).double().sqrt().float()
     inverse = 1.0 / root
     return (x.float() * inverse[..., None]).to(x.dtype) * weight
 
