@@ -20,7 +20,6 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ..errors import EngineError
-from ..kernels.triton import launch
 from .replaced import replaced
 
 if TYPE_CHECKING:
@@ -92,10 +91,7 @@ def profile_steps(engine: Engine, run: Callable[[], object]) -> StepProfile:
 
 @contextmanager
 def op_ranges(engine: Engine) -> Iterator[None]:
-    """Around every op, step and launch a range for the profiler, until the block is left.
-
-    Meanwhile no kernel starts before the one ahead of it ends: waiting is not an op's time.
-    """
+    """Around every op, step and launch a range for the profiler, until the block is left."""
     runner, decoder = engine.runner, engine.runner.decoder
     around: list[tuple[object, str, str]] = [
         (engine, "step", _STEP),
@@ -110,7 +106,6 @@ def op_ranges(engine: Engine) -> Iterator[None]:
     }
     kernels = replace(decoder.kernels, **ops)
     with ExitStack() as stack:
-        stack.enter_context(replaced(launch, "OVERLAP", False))
         stack.enter_context(replaced(decoder, "kernels", kernels))
         for owner, name, op in around:
             stack.enter_context(replaced(owner, name, _ranged(op, getattr(owner, name))))

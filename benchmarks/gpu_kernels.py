@@ -111,7 +111,7 @@ def bits_and_times(
 
         def every(candidate=candidate) -> None:  # type: ignore[no-untyped-def]
             for weight in weights:
-                candidate(x, weight, dtype, bucket)
+                candidate(x, weight, dtype, bucket, None)
 
         yield candidate.name, equal, graph_ms(every) * 1e3 / len(weights)
     torch_default = graph_ms(lambda: [functional.linear(x, weight) for weight in weights])

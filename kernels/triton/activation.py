@@ -11,14 +11,12 @@ from torch import Tensor
 
 from .elementary import NO_FMA, exp_in_range
 from .launch import aligned
-from .pdl import overlapping, wait_for_inputs
 
 _BLOCK = 1024
 
 
 @triton.jit
-def _silu_mul(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    wait_for_inputs(PDL)
+def _silu_mul(gate_up_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate_at = gate_up_ptr + row * 2 * WIDTH + i
@@ -45,6 +43,5 @@ def silu_mul(gate_up: Tensor) -> Tensor:
             BLOCK=_BLOCK,
             num_warps=4,
             **NO_FMA,
-            **overlapping(gate_up.device),
         )
     return out

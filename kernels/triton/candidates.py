@@ -13,11 +13,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .launch import aligned, hopper
 from .matmul import CANONICAL, FLOAT_TILES, HALF_TILES, SWAPPED_TILES, Tile, matmul
-from .matmul_tma import TMA_TILES, matmul_tma
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 """Row counts that a choice is made for; a batch uses the smallest that holds it."""
@@ -36,8 +34,12 @@ class Candidate(Protocol):
     @property
     def name(self) -> str: ...
 
-    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int, out: Tensor | None
+    ) -> Tensor:
         """x ``[M, K]`` with M at most ``bucket``, weight ``[N, K]``, both aligned -> ``[M, N]``.
+
+        :param out: contiguous, aligned, in ``out_dtype``: where to put it, instead of somewhere new
 
         :raises UnfitError: it is not for this shape or this GPU
         """
@@ -51,31 +53,21 @@ class TileCandidate:
         self.tile = tile
         self.name = str(tile)
 
-    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
-        return matmul(x, weight, out_dtype, self.tile)
+    def __call__(
+        self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int, out: Tensor | None
+    ) -> Tensor:
+        return matmul(x, weight, out_dtype, self.tile, out)
 
 
 class SwappedCandidate(TileCandidate):
     """The same with the operands changed over, which pays with Hopper's instructions alone."""
 
-    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int, out: Tensor | None
+    ) -> Tensor:
         if not hopper(weight.device):
             raise UnfitError(self.name)
-        return super().__call__(x, weight, out_dtype, bucket)
-
-
-class TmaCandidate:
-    """The Triton kernel that loads by Hopper's tensor memory accelerator, with one tile."""
-
-    def __init__(self, tile: Tile, specialise: bool = False) -> None:
-        self.tile = tile
-        self.specialise = specialise
-        self.name = f"{tile} tma{' specialised' * specialise}"
-
-    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
-        if not hopper(weight.device) or weight.shape[1] * weight.element_size() % 16:
-            raise UnfitError(self.name)
-        return matmul_tma(x, weight, out_dtype, self.tile, self.specialise)
+        return super().__call__(x, weight, out_dtype, bucket, out)
 
 
 class CublasLt:
@@ -83,7 +75,9 @@ class CublasLt:
 
     name = "cublaslt"
 
-    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int, out: Tensor | None
+    ) -> Tensor:
         rows = x.shape[0]
         if rows < bucket:
             padded = x.new_empty(bucket, x.shape[1])
@@ -91,9 +85,13 @@ class CublasLt:
             padded[rows:] = 0
             x = padded
         with one_accumulator():
-            if out_dtype == x.dtype:
-                return functional.linear(x, weight)[:rows]
-            return torch.mm(x, weight.t(), out_dtype=out_dtype)[:rows]
+            if out_dtype != x.dtype:
+                result = torch.mm(x, weight.t(), out_dtype=out_dtype)
+            elif out is not None and rows == bucket:
+                return torch.mm(x, weight.t(), out=out)
+            else:
+                result = torch.mm(x, weight.t())
+        return result[:rows] if out is None else out.copy_(result[:rows])
 
 
 @contextmanager
@@ -116,9 +114,11 @@ def one_accumulator() -> Iterator[None]:
             setattr(switches, name, value)
 
 
-def canonical(x: Tensor, weight: Tensor, out_dtype: torch.dtype) -> Tensor:
+def canonical(
+    x: Tensor, weight: Tensor, out_dtype: torch.dtype, out: Tensor | None = None
+) -> Tensor:
     """What every candidate must reproduce bit for bit."""
-    return matmul(x, weight, out_dtype, CANONICAL)
+    return matmul(x, weight, out_dtype, CANONICAL, out)
 
 
 def candidates(dtype: torch.dtype, bucket: int) -> Sequence[Candidate]:
@@ -140,7 +140,6 @@ def candidates(dtype: torch.dtype, bucket: int) -> Sequence[Candidate]:
     return [
         *(TileCandidate(tile) for tile in (CANONICAL, *tall(HALF_TILES))),
         *(SwappedCandidate(tile) for tile in tall(SWAPPED_TILES)),
-        *(TmaCandidate(tile) for tile in tall(TMA_TILES)),
         CublasLt(),
     ]
 

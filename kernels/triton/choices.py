@@ -24,16 +24,14 @@ from triton.runtime.errors import OutOfResources
 from ...errors import ConfigError, EngineError
 from ...folders import cache_folder
 from . import candidates as _ways
-from . import launch, matmul, matmul_tma, pdl
+from . import matmul
 from .candidates import Candidate, UnfitError, candidates
-from .norm import rms_norm
 from .trials import Problem, Trial, random_rows, trials
 
 _log = logging.getLogger(__name__)
 
 _REPEATS = 11
 _FLUSH_BYTES = 2**28  # more than any second-level cache
-_SHORT = 4096
 
 Timer = Callable[[Callable[[], Tensor]], float]
 """Milliseconds that a call takes on the device."""
@@ -94,8 +92,8 @@ def choice_file(device: torch.device) -> ChoiceFile:
 
 def code_digest() -> str:
     """Of the candidates and of the kernels that they are made of."""
-    digest = hashlib.sha256(str(launch.OVERLAP).encode())
-    for module in (_ways, matmul, matmul_tma, pdl):
+    digest = hashlib.sha256()
+    for module in (_ways, matmul):
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:12]
 
@@ -153,7 +151,7 @@ class Chooser:
             raise EngineError(f"Not even the canonical tile gives its own bits twice: {problem}.")
         x = random_rows(problem, weight.device)
         times = {
-            c.name: self._timer(lambda c=c: c(x, weight, problem.out_dtype, problem.bucket))  # type: ignore[misc]
+            c.name: self._timer(lambda c=c: c(x, weight, problem.out_dtype, problem.bucket, None))  # type: ignore[misc]
             for c in sound
         }
         best = min(sound, key=lambda c: times[c.name])
@@ -183,11 +181,8 @@ class Chooser:
 
 
 def median_ms(run: Callable[[], Tensor]) -> float:
-    """Median time of a call behind a short kernel, as a linear comes in a step: what starts early
-    is not waited for. Its operands are out of the GPU's caches. In milliseconds, both together."""
-    row = torch.ones(1, _SHORT, device="cuda")
+    """Median time of a call whose operands are out of the GPU's caches, in milliseconds."""
     run()
-    rms_norm(row, row[0], 1.0)
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
     for _ in range(_REPEATS):
@@ -195,7 +190,6 @@ def median_ms(run: Callable[[], Tensor]) -> float:
         for _ in range(2):  # long enough for the host to queue the rest behind it
             flush.zero_()
         start.record()
-        rms_norm(row, row[0], 1.0)
         run()
         end.record()
         pairs.append((start, end))

@@ -17,7 +17,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .online_softmax import attend_span, fold_split, normalise, split_of, split_start
-from .pdl import let_next_start, overlapping, wait_for_inputs
 from .tiling import Scoring, Tiling, kernel_arguments, padded
 
 
@@ -98,7 +97,6 @@ def attend_decode(
         num_warps=tiling.decode.warps,
         num_stages=tiling.decode.stages,
         **shared,
-        **overlapping(q.device),
     )
     if slots == 0:  # no sequence has later splits
         return
@@ -113,7 +111,6 @@ def attend_decode(
         **{name: shared[name] for name in names},
         num_warps=1,
         enable_fp_fusion=False,
-        **overlapping(q.device),
     )
 
 
@@ -155,9 +152,7 @@ def _split_kernel(
     SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    let_next_start(PDL)
     kv_head = tl.program_id(0)
     seq = tl.program_id(1).to(tl.int64)
     kv_len = tl.load(seq_lens + seq)
@@ -170,6 +165,7 @@ def _split_kernel(
     in_head = (dims < HEAD_DIM)[None, :]
     stored = rows < GROUP
     places = heads[:, None] * HEAD_DIM + dims[None, :]
+    queries = tl.load(q + seq * (NUM_KV_HEADS * GROUP * HEAD_DIM) + places, mask=in_head, other=0.0)
 
     first = split_of(begin, NEAR_SPLIT, NEAR_END, SPLIT)
     last = split_of(kv_len - 1, NEAR_SPLIT, NEAR_END, SPLIT) + 1
@@ -179,10 +175,6 @@ def _split_kernel(
     lowest = tl.where(early, first, tl.maximum(first, serial) + part - 1)
     highest = tl.where(early, tl.minimum(serial, last), last)
     step = tl.where(early, serial, tl.num_programs(2) - 1)
-    if lowest >= highest:  # makes room at once; some program of each sequence has a split
-        return
-    wait_for_inputs(PDL)
-    queries = tl.load(q + seq * (NUM_KV_HEADS * GROUP * HEAD_DIM) + places, mask=in_head, other=0.0)
     for split in range(lowest, highest, step):
         until = tl.where(early, highest, split + 1)
         m, total, acc = attend_span(
@@ -240,9 +232,7 @@ def _fold_kernel(
     NEAR_END: tl.constexpr,
     SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    wait_for_inputs(PDL)
     head = tl.program_id(0)
     num_q_heads = tl.num_programs(0)
     seq = tl.program_id(1).to(tl.int64)

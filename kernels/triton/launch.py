@@ -24,10 +24,6 @@ ALIGNMENT = 256
 """Bytes; the coarsest that torch tells cuBLASLt about, and less than its allocator gives."""
 
 
-OVERLAP = False
-"""Whether the kernels of a step overlap on Hopper: ``pdl.py``."""
-
-
 def interpreted() -> bool:
     """Whether Triton's interpreter runs the kernels, on the CPU. It truncates to bf16."""
     return os.environ.get("TRITON_INTERPRET") == "1"

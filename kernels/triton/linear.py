@@ -51,16 +51,20 @@ class TritonLinear:
         self.accumulators(x)
 
     def _product(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        parts = [
-            self._bucket(prepared(part, self._weight.dtype), out_dtype)
-            for part in x.split(BUCKETS[-1])
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        """Piece by piece where there are more rows than in the largest bucket."""
+        most = BUCKETS[-1]
+        if x.shape[0] <= most:
+            return self._bucket(prepared(x, self._weight.dtype), out_dtype, None)
+        out = torch.empty(x.shape[0], self.out_features, dtype=out_dtype, device=x.device)
+        for piece, result in zip(x.split(most), out.split(most), strict=True):
+            self._bucket(prepared(piece, self._weight.dtype), out_dtype, result)
+        return out
 
-    def _bucket(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
+    def _bucket(self, x: Tensor, out_dtype: torch.dtype, out: Tensor | None) -> Tensor:
         weight = self._weight
         if not weight.is_cuda or x.shape[0] == 0:
-            return canonical(x, weight, out_dtype)
+            return canonical(x, weight, out_dtype, out)
         bucket = bucket_of(x.shape[0])
         problem = Problem(self.out_features, self.in_features, weight.dtype, out_dtype, bucket)
-        return chooser(weight.device).choose(problem, weight)(x, weight, out_dtype, bucket)
+        way = chooser(weight.device).choose(problem, weight)
+        return way(x, weight, out_dtype, bucket, out)

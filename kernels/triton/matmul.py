@@ -4,9 +4,6 @@ Contract: one fp32 accumulator per output, from zero, walks K in ascending order
 tensor-core instruction the hardware's own order holds. K is never split, and what a tile's size is
 changes no bit: the tail of K is filled with zeros. fp32 inputs are multiplied in fp32, not TF32.
 Which operand of a product a tile of W is changes none either, nor how tiles are loaded.
-
-A step of few rows takes the time in which W is read. So a program that starts while earlier kernels
-still run (``pdl.py``) has the first part of its W brought into the second-level cache meanwhile.
 """
 
 from __future__ import annotations
@@ -19,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import interpreted
-from .pdl import let_next_start, overlapping, wait_for_inputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,49 +57,19 @@ HALF_TILES = (
 )
 """For bf16 and fp16; each fits into the shared memory of Ampere and later data-centre GPUs."""
 
-AHEAD = 2**24
-"""Bytes of W that a product has brought into the second-level cache before its inputs are there."""
-
-LINES = tl.constexpr(4)
-"""Requests for neighbouring parts of one row of W that are made together."""
-
-LINE_BYTES = 256
-"""Of one such request."""
-
-_AT_A_TIME = 256  # programs, about as many as a large GPU runs
-
 SWAPPED_TILES = (
+    Tile(16, 64, 64, 4, 8, swapped=True),
     Tile(16, 64, 128, 4, 4, swapped=True),
+    Tile(16, 64, 256, 4, 5, swapped=True),
     Tile(16, 128, 64, 4, 4, swapped=True),
     Tile(32, 64, 128, 4, 4, swapped=True),
-    Tile(64, 128, 64, 4, 4, swapped=True),
 )
 """For bf16 and fp16 on Hopper."""
 
 FLOAT_TILES = (Tile(16, 32, 64, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2))
 
 
-@triton.jit
-def prefetch_weight(w_ptr, tile, wanted, ahead, N, K, ROWS: tl.constexpr, LINE: tl.constexpr):
-    """The first ``ahead`` values of each row of a tile of W into the second-level cache.
-
-    LINE: values of one request; ``ahead`` is a multiple of ``LINES`` of them
-    """
-    if wanted:
-        n = tl.minimum(tile * ROWS + tl.arange(0, ROWS), N - 1).to(tl.int64)
-        at = w_ptr + n[:, None] * K + tl.arange(0, LINES)[None, :] * LINE
-        for start in range(0, ahead, LINES * LINE):
-            tl.inline_asm_elementwise(
-                "cp.async.bulk.prefetch.L2.global [$1], 256; mov.u32 $0, 0;",
-                "=r,l",
-                [(at + start).to(tl.int64)],
-                tl.int32,
-                False,
-                1,
-            )
-
-
-@triton.jit(do_not_specialize=["M", "ahead"])
+@triton.jit(do_not_specialize=["M"])
 def _matmul(
     x_ptr,
     w_ptr,
@@ -111,23 +77,16 @@ def _matmul(
     M,
     N,
     K,
-    ahead,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
     WIDEN: tl.constexpr,
     SWAPPED: tl.constexpr,
-    LINE: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     # Programs of the same columns are neighbours, so that W is read from memory once.
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
-    let_next_start(PDL)
-    if PDL:
-        prefetch_weight(w_ptr, pid // tiles_m, pid % tiles_m == 0, ahead, N, K, BLOCK_N, LINE)
-    wait_for_inputs(PDL)
     m = (pid % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = (pid // tiles_m) * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -160,15 +119,22 @@ def _matmul(
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=m_in & n_in)
 
 
-def matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype, tile: Tile = CANONICAL) -> Tensor:
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    out_dtype: torch.dtype,
+    tile: Tile = CANONICAL,
+    out: Tensor | None = None,
+) -> Tensor:
     """x ``[M, K]``, weight ``[N, K]``, both aligned (``launch.aligned``) -> ``[M, N]``.
 
     :param out_dtype: the inputs' dtype, or fp32 for the accumulators as they are
+    :param out: contiguous, aligned, in ``out_dtype``: where to put it, instead of somewhere new
     """
     rows, depth = x.shape
     columns = weight.shape[0]
-    out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
-    overlap = overlapping(x.device)
+    if out is None:
+        out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     if rows and columns:
         _matmul[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
             x,
@@ -177,28 +143,14 @@ def matmul(x: Tensor, weight: Tensor, out_dtype: torch.dtype, tile: Tile = CANON
             rows,
             columns,
             depth,
-            depth_ahead(weight, tile.columns) if overlap["PDL"] else 0,
             BLOCK_M=tile.rows,
             BLOCK_N=tile.columns,
             BLOCK_K=tile.depth,
             WHOLE_K=depth % tile.depth == 0,
             WIDEN=interpreted(),  # it has no bf16 product
             SWAPPED=tile.swapped,
-            LINE=LINE_BYTES // weight.element_size(),
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,  # in fp32 every step of a sum is one fma
-            **overlap,
         )
     return out
-
-
-def depth_ahead(weight: Tensor, columns: int) -> int:
-    """How much of K each program of so many columns asks for ahead, of ``AHEAD`` bytes in all."""
-    (rows, depth), size = weight.shape, weight.element_size()
-    if depth * size % 16:  # where a request must begin
-        return 0
-    programs = min(triton.cdiv(rows, columns), _AT_A_TIME)
-    step: int = LINES.value * LINE_BYTES // size
-    wanted: int = min(AHEAD // (programs * columns * size), depth)
-    return wanted // step * step

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .elementary import NO_FMA
 from .launch import aligned
-from .pdl import overlapping, wait_for_inputs
 
 
 @triton.jit
@@ -37,14 +36,12 @@ def _rms_norm(
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     i = tl.arange(0, BLOCK)
     at = tl.program_id(0).to(tl.int64) * HIDDEN + i
     inside = i < HIDDEN
     # All loads come before any store: the compiler moves none past another, and waits add up.
     weight = tl.load(weight_ptr + i, mask=inside, other=0.0)
-    wait_for_inputs(PDL)
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     if ADD:
         residual = tl.load(residual_ptr + at, mask=inside, other=0.0)
@@ -89,5 +86,4 @@ def _launch(
             ADD=add,
             num_warps=min(16, max(1, block // 512)),
             **NO_FMA,
-            **overlapping(x.device),
         )

@@ -20,7 +20,6 @@ from torch import Tensor
 from ..kernel_set import QkNorm
 from .elementary import NO_FMA
 from .launch import aligned
-from .pdl import overlapping, wait_for_inputs
 
 _PAIRS = 512  # of a program: 16 bytes of either half for each thread of two warps
 
@@ -61,7 +60,6 @@ def _rope_qkv(
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     SLOTS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     DIM: tl.constexpr = 2 * HALF
     Q_PARTS: tl.constexpr = (Q_HEADS + HEADS - 1) // HEADS
@@ -91,12 +89,10 @@ def _rope_qkv(
     inside = (head < tl.where(part < Q_PARTS, Q_HEADS, KV_HEADS)) & (i < HALF)
     at = head * DIM + i
     a_row = head * 0 + i  # of as many heads, so that all blocks lie alike in the registers
-    # No kernel writes the angles: they are there when the wait for the product ends.
     angles = cos_sin_ptr + position * DIM + a_row
     turned = inside & (tl.zeros_like(head) + part < Q_PARTS + KV_PARTS)
     cos = tl.load(angles, mask=turned, other=0.0)
     sin = tl.load(angles + HALF, mask=turned, other=0.0)
-    wait_for_inputs(PDL)
     first = tl.load(row + at, mask=inside, other=0.0)
     second = tl.load(row + at + HALF, mask=inside, other=0.0)
     if part < Q_PARTS + KV_PARTS:
@@ -188,7 +184,6 @@ def _launch(
             SLOTS=slots is not None,
             num_warps=2,
             **NO_FMA,
-            **overlapping(qkv.device),
         )
     return q
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +19,12 @@ from triton.runtime import interpreter
 
 from isobit.errors import ConfigError, EngineError
 from isobit.kernels.triton import candidates as ways
+from isobit.kernels.triton import linear as linears
 from isobit.kernels.triton.candidates import (
     BUCKETS,
     CublasLt,
+    SwappedCandidate,
     TileCandidate,
-    TmaCandidate,
     UnfitError,
     bucket_of,
     candidates,
@@ -38,7 +40,6 @@ from isobit.kernels.triton.matmul import (
     Tile,
     matmul,
 )
-from isobit.kernels.triton.matmul_tma import TMA_TILES, matmul_tma
 from isobit.kernels.triton.trials import (
     Problem,
     Trial,
@@ -140,32 +141,18 @@ def test_every_tile_is_the_same_product(tile: Tile) -> None:
     assert same_bits(result, canonical(x, weight, torch.float32))
 
 
-@pytest.mark.parametrize("tile", TMA_TILES[:5], ids=str)
-def test_tiles_loaded_by_tma_are_the_same_product(tile: Tile) -> None:
-    weight, x = weight_of(90, 600, torch.bfloat16), rows_of(37, 600, torch.bfloat16)
-    result = matmul_tma(x, weight, torch.float32, tile)
-    assert same_bits(result, canonical(x, weight, torch.float32))
-    swapped_halves = (
-        torch.cat([x[:, 300:], x[:, :300]], 1),
-        torch.cat([weight[:, 300:], weight[:, :300]], 1),
-    )
-    assert not same_bits(result, matmul_tma(*swapped_halves, torch.float32, tile))
-
-
 def test_a_candidate_says_what_it_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, x = weight_of(8, 20, torch.bfloat16), rows_of(2, 20, torch.bfloat16)
-    way = TmaCandidate(TMA_TILES[0])
+    weight, x = weight_of(8, 16, torch.bfloat16), rows_of(2, 16, torch.bfloat16)
+    way = SwappedCandidate(SWAPPED_TILES[0])
     monkeypatch.setattr(ways, "hopper", lambda device: True)
-    with pytest.raises(UnfitError):  # rows of 40 bytes
-        way(x, weight, torch.float32, 2)
-    assert way(x[:, :16].contiguous(), weight[:, :16].contiguous(), torch.float32, 2).any()
+    assert way(x, weight, torch.float32, 2, None).any()
     monkeypatch.setattr(ways, "hopper", lambda device: False)
     with pytest.raises(UnfitError):
-        way(x[:, :16].contiguous(), weight[:, :16].contiguous(), torch.float32, 2)
+        way(x, weight, torch.float32, 2, None)
 
 
 def test_an_unfit_candidate_is_no_fault(tmp_path: Path) -> None:
-    offered = [TmaCandidate(TMA_TILES[0]), Named("fast")]
+    offered = [SwappedCandidate(SWAPPED_TILES[0]), Named("fast")]
     chooser = Chooser(ChoiceFile(tmp_path / "c"), lambda run: 1.0, lambda dtype, bucket: offered)
     if DEVICE.type == "cpu":
         assert chooser.choose(PROBLEM, WEIGHT).name == "fast"
@@ -184,6 +171,15 @@ def test_candidates_are_of_a_buckets_size_and_named_apart(dtype: torch.dtype) ->
             assert rows <= max(16, bucket)
             assert dtype == torch.float32 or rows >= min(bucket // 8, 128)
         assert len(offered) >= 2
+
+
+def test_pieces_of_a_large_batch_have_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linears, "BUCKETS", (1, 2, 4))
+    weight, x = weight_of(8, 64, torch.bfloat16), rows_of(11, 64, torch.bfloat16)
+    pieces = TritonLinear(weight).accumulators(x)
+    assert same_bits(pieces, canonical(x, weight, torch.float32))
+    monkeypatch.setattr(linears, "canonical", lambda x, w, d, out: out.zero_())
+    assert not same_bits(TritonLinear(weight).accumulators(x), pieces)
 
 
 def test_views_and_more_rows_than_the_largest_bucket() -> None:
@@ -224,19 +220,24 @@ def test_the_switches_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cublaslt_only_sees_whole_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
+    mm = torch.mm
 
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
+    def watched(x: Tensor, weight: Tensor, **options: Any) -> Tensor:
         seen.append(x.shape[0])
-        return x @ weight.T
+        return mm(x, weight, **options)
 
-    monkeypatch.setattr(ways.functional, "linear", linear)
+    monkeypatch.setattr(torch, "mm", watched)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(ways, "one_accumulator", nullcontext)
-    weight, x = weight_of(8, 32, torch.float32), rows_of(5, 32, torch.float32)
-    out = CublasLt()(x, weight, torch.float32, 8)
-    assert seen == [8]
-    assert out.shape == (5, 8)
-    torch.testing.assert_close(out, x @ weight.T)
+    weight, x = weight_of(8, 32, torch.float32), rows_of(8, 32, torch.float32)
+    for rows in (5, 8):
+        given = torch.full((rows, 8), torch.nan, device=DEVICE)
+        for out in (None, given):
+            result = CublasLt()(x[:rows], weight, torch.float32, 8, out)
+            assert result.shape == (rows, 8)
+            torch.testing.assert_close(result, x[:rows] @ weight.T)
+        torch.testing.assert_close(given, result)
+    assert seen == [8] * 4
 
 
 class Faulty:
@@ -244,10 +245,16 @@ class Faulty:
 
     name = "faulty"
 
-    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int, out: Tensor | None
+    ) -> Tensor:
         halves = ((x[:, part].contiguous(), weight[:, part].contiguous()) for part in HALVES)
         low, high = (canonical(a, b, torch.float32) for a, b in halves)
-        return (low + high).to(out_dtype)
+        return placed(low + high, out_dtype, out)
+
+
+def placed(result: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    return result.to(dtype) if out is None else out.copy_(result)
 
 
 class Named(TileCandidate):
@@ -317,13 +324,15 @@ class Descending:
 
     name = "descending"
 
-    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int, out: Tensor | None
+    ) -> Tensor:
         total = torch.zeros(len(x), len(weight), device=x.device)
         for start in reversed(range(0, x.shape[1], 16)):
             part = slice(start, start + 16)
             for k in range(*part.indices(x.shape[1])):
                 total = total + x[:, k, None].float() * weight[None, :, k].float()
-        return total.to(out_dtype)
+        return placed(total, out_dtype, out)
 
 
 class Variant(TileCandidate):
@@ -333,9 +342,11 @@ class Variant(TileCandidate):
         super().__init__(CANONICAL)
         self.name = "variant"
 
-    def __call__(self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int) -> Tensor:
+    def __call__(
+        self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int, out: Tensor | None
+    ) -> Tensor:
         way = super().__call__ if bucket == 1 else Faulty()
-        return way(x, weight, out_dtype, bucket)
+        return way(x, weight, out_dtype, bucket, out)
 
 
 ORDERS = [Faulty(), Descending()]
@@ -348,7 +359,7 @@ def rounded(x: Tensor, weight: Tensor) -> Tensor:
 
 def share_of_others(x: Tensor, weight: Tensor, other: Faulty | Descending) -> float:
     """How many rounded outputs tell the other order from the canonical one."""
-    result = other(x, weight, x.dtype, len(x))
+    result = other(x, weight, x.dtype, len(x), None)
     return result.ne(rounded(x, weight)).double().mean().item()
 
 
@@ -399,10 +410,12 @@ def test_a_library_that_turns_batch_variant_is_replaced(tmp_path: Path) -> None:
     def chosen(x: Tensor) -> Tensor:
         bucket = bucket_of(len(x))
         way = chooser.choose(Problem(40, 300, dtype, dtype, bucket), weight)
-        return way(x, weight, dtype, bucket)
+        return way(x, weight, dtype, bucket, None)
 
     assert alone_as_in_batches(chosen, x)
-    assert not alone_as_in_batches(lambda x: Variant()(x, weight, dtype, bucket_of(len(x))), x)
+    assert not alone_as_in_batches(
+        lambda x: Variant()(x, weight, dtype, bucket_of(len(x)), None), x
+    )
     (line,) = chooser.report()
     assert line.startswith("variant, of other bits for ")
     names = [ChoiceFile(path).get(Problem(40, 300, dtype, dtype, bucket)) for bucket in buckets]
