@@ -83,17 +83,17 @@ def _produce(
     lane = gl.arange(0, _TOGETHER, gl.SliceLayout(0, gl.SliceLayout(2, layout)))
     dims = gl.arange(0, BLOCK_D, gl.SliceLayout(0, gl.SliceLayout(1, layout)))
     inside = (lane * SLOT_STRIDE)[None, :, None] + dims[None, None, :]
-    # Pages are looked up a tile ahead. Those past the last tile are not; page 0 is copied instead.
-    k_pages = gl.load(table + (start + first) // PAGE, mask=start + first < stop, other=0)
+    # Pages are looked up a tile ahead. Past the sequence's end there are none: page 0 is copied.
+    k_pages = gl.load(table + (start + first) // PAGE, mask=start + first < kv_len, other=0)
     v_pages = gl.zeros_like(k_pages)
     for i in range(gl.cdiv(stop - start, BLOCK_N) + 1):
         k_pos = start + i * BLOCK_N + first
         v_pos = k_pos - BLOCK_N
         next_pos = k_pos + BLOCK_N
-        next_pages = gl.load(table + next_pos // PAGE, mask=next_pos < stop, other=0)
+        next_pages = gl.load(table + next_pos // PAGE, mask=next_pos < kv_len, other=0)
         k_slots = k_pages.to(gl.int64) * page_stride + k_pos % PAGE * SLOT_STRIDE
         v_slots = v_pages.to(gl.int64) * page_stride + gl.maximum(v_pos, 0) % PAGE * SLOT_STRIDE
-        # Scores past the end are masked. Values there would be NaN still if the cache has NaN.
+        # K past the end gives scores that are masked. V must be zeros there, as the cache has NaN.
         there = v_pos[:, None] + lane[None, :] < kv_len
         stage = i % STAGES
         mbarrier.wait(empty.index(stage), i // STAGES & 1 ^ 1)
