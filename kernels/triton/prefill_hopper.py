@@ -47,6 +47,8 @@ def attend_prefill_hopper(
     out: Tensor,
 ) -> None:
     """As ``attend_prefill``, of which this is the part for ``tiling.hopper``."""
+    arguments = kernel_arguments(q, k_cache, v_cache, scoring, tiling)
+    del arguments["WIDE"]  # places are counted in 64 bits here
     _prefill_kernel[(work.shape[0], k_cache.shape[2])](
         q,
         k_cache,
@@ -59,7 +61,7 @@ def attend_prefill_hopper(
         block_table.stride(0),
         STAGES=tiling.prefill.stages,
         num_warps=4,  # of the first consumer; the kernel starts the other warp groups
-        **kernel_arguments(q, k_cache, v_cache, scoring, tiling),
+        **arguments,
     )
 
 
@@ -116,7 +118,7 @@ def _prefill_kernel(
     q, k_cache, v_cache, out, work, cu_seqlens_q, seq_lens, block_table, table_stride,
     page_stride, factor, cap_factor,
     BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, HEAD_DIM: gl.constexpr,
-    NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr, WIDE: gl.constexpr,
+    NUM_KV_HEADS: gl.constexpr, GROUP: gl.constexpr, PAGE: gl.constexpr,
     NEAR_SPLIT: gl.constexpr, NEAR_END: gl.constexpr, SPLIT: gl.constexpr,
     WINDOW: gl.constexpr, SOFT_CAP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip

@@ -49,7 +49,6 @@ def test_the_kernel_compiles_for_hopper(head_dim, tmp_path):
         "NUM_KV_HEADS": 8,
         "GROUP": 3,
         "PAGE": 16,
-        "WIDE": False,
         "NEAR_SPLIT": 256,
         "NEAR_END": 4096,
         "SPLIT": 1024,
