@@ -118,7 +118,7 @@ def tilings(base: Tiling, load: Load) -> Iterator[Tiling]:
         for near_split in (512, 1024):
             yield replace(base, near_split=near_split)
         return
-    serials = (0, 1024, 4096) if load.batch * load.heads[1] >= base.serial_from else (0,)
+    serials = (0, 1024, 2048, 4096) if load.batch * load.heads[1] >= base.serial_from else (0,)
     for shape in [(16, 4, 3), (16, 4, 4), (16, 8, 3), (16, 8, 4), (16, 2, 3)]:
         for serial in serials:
             yield replace(base, decode=Launch(*shape), serial=serial)

@@ -57,7 +57,7 @@ class Tiling:
     hopper: bool = False
     flat: bool = False
     decode: Launch = field(default=Launch(16, 4, 3))
-    serial: int = 4096
+    serial: int = 2048
     serial_from: int = 128
     decode_programs: int = 4096
 
