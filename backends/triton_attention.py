@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..kernels.triton.decode import Partials, allocate_room, attend_decode, partial_slots
 from ..kernels.triton.prefill import attend_prefill, prefill_work
-from ..kernels.triton.tiling import Scoring, Tiling, default_tiling
+from ..kernels.triton.tiling import Scoring, Tiling, default_tiling, hopper_fits
 from .base import AttentionBackend, AttentionConfig, Batch, LayerCache
 
 
@@ -57,8 +57,12 @@ class TritonAttention(AttentionBackend):
                     f"the triton backend wants a positive {name} of the scores, and it is {value}. "
                     "Choose another backend."
                 )
+        itemsize, head_dim = config.dtype.itemsize, config.head_dim
         self._tiling = tiling or default_tiling(
-            config.head_dim, config.dtype.itemsize, _shared_memory(config.device)
+            head_dim,
+            itemsize,
+            _shared_memory(config.device),
+            hopper_fits(config.device, itemsize, head_dim, config.page_size),
         )
         self._scorings = [
             Scoring(

@@ -23,7 +23,7 @@ from gpu_attention_bits import CUDA, capture, check_all
 
 from isobit.kernels.triton.decode import Partials, allocate_room, attend_decode, partial_slots
 from isobit.kernels.triton.prefill import attend_prefill, prefill_work
-from isobit.kernels.triton.tiling import Launch, Scoring, Tiling, default_tiling
+from isobit.kernels.triton.tiling import Launch, Scoring, Tiling, default_tiling, hopper_fits
 
 DECODES = [(1, 4096), (1, 32768), (8, 8192), (64, 4096), (256, 1024)]
 PREFILL = 16384
@@ -108,15 +108,17 @@ class Load:
 
 
 def tilings(base: Tiling, load: Load) -> Iterator[Tiling]:
-    """The grid of ``--tune``: 22 compilations over all loads, since ``serial`` needs none."""
+    """The grid of ``--tune``: 23 compilations over all loads, since ``serial`` needs none."""
     if load.new > 1:
+        if base.hopper:
+            yield base
         for shape in [(128, 8, 3), (128, 8, 4), (128, 8, 2)]:
             for flat in (False, True):
-                yield replace(base, prefill=Launch(*shape), flat=flat)
+                yield replace(base, prefill=Launch(*shape), hopper=False, flat=flat)
         for near_split in (512, 1024):
             yield replace(base, near_split=near_split)
         return
-    serials = (0, 1024, 4096) if load.batch * load.heads[1] >= base.serial_from else (0,)
+    serials = (0, 1024, 2048, 4096) if load.batch * load.heads[1] >= base.serial_from else (0,)
     for shape in [(16, 4, 3), (16, 4, 4), (16, 8, 3), (16, 8, 4), (16, 2, 3)]:
         for serial in serials:
             yield replace(base, decode=Launch(*shape), serial=serial)
@@ -126,11 +128,16 @@ def tilings(base: Tiling, load: Load) -> Iterator[Tiling]:
 
 def time_load(load: Load, tune: bool, fa3: bool) -> str:
     name = f"{load.batch} x {load.length}, {load.new} new, page {load.page_size}"
-    base = default_tiling(load.heads[2], 2, 232448)
+    hopper = hopper_fits(CUDA, 2, load.heads[2], load.page_size)
+    base = default_tiling(load.heads[2], 2, 232448, hopper)
     best: tuple[float, str] | None = None
     for tiling in tilings(base, load) if tune else [base]:
         launch = tiling.prefill if load.new > 1 else tiling.decode
-        free = f"flat={tiling.flat}" if load.new > 1 else f"serial={tiling.serial}"
+        free = (
+            f"hopper={tiling.hopper} flat={tiling.flat}"
+            if load.new > 1
+            else f"serial={tiling.serial}"
+        )
         label = f"S={tiling.near_split}/{tiling.split} {free} {launch}"
         try:
             us = load.ours(tiling)

@@ -26,8 +26,8 @@ So a tile in which a row sees nothing, and a split of such tiles, change no bit 
 as it is: what some program folded of the first splits may be stored, and later splits folded into
 it. The result depends on the query and on the positions that it sees alone. Decode equals prefill,
 and chunks, neighbours, the page size, the height of a tile of rows, who walks which splits, warps,
-stages and the grid are free. Fused multiply-adds are written out, and the kernels are compiled
-without any other (``enable_fp_fusion=False``).
+warp groups (``prefill_hopper.py``), stages and the grid are free. Fused multiply-adds are written
+out, and the kernels are compiled without any other (``enable_fp_fusion=False``).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Attention of the prefilling sequences: a program a tile of query rows, over all of its splits.
 
 A tile's rows are (token, head of the group), tokens first, so that every head of a group reads K
-and V once. The contract is in ``online_softmax.py``; a finished split is folded at once.
+and V once. The contract is in ``online_softmax.py``; a finished split is folded at once. Where
+``tiling.hopper`` says so, ``prefill_hopper.py`` computes the same.
 """
 
 from __future__ import annotations
@@ -49,6 +50,23 @@ def attend_prefill(
     :param work: int32 ``[programs, 2]``, ``prefill_work`` on the device
     :raises ValueError: caches whose pages are not contiguous, or of unequal strides
     """
+    if tiling.hopper:
+        # Imported here: older versions of Triton lack what it is written in.
+        from .prefill_hopper import attend_prefill_hopper
+
+        attend_prefill_hopper(
+            q,
+            k_cache,
+            v_cache,
+            work,
+            cu_seqlens_q,
+            seq_lens,
+            block_table,
+            scoring,
+            tiling,
+            out,
+        )
+        return
     _prefill_kernel[(work.shape[0], k_cache.shape[2])](
         q,
         k_cache,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
+import triton
 from torch import Tensor
 
 KV_TILE = 64
@@ -19,7 +21,8 @@ _LOG2E = math.log2(math.e)
 class Launch:
     """One kernel's shape on the card; it changes no bit.
 
-    rows: query rows of a tile, a power of two from 16 up; a row is a (token, head of the group)
+    rows: query rows of a tile, a power of two from 16 up except in ``HOPPER_PREFILL``; a row is a
+        (token, head of the group)
     """
 
     rows: int
@@ -27,12 +30,18 @@ class Launch:
     stages: int
 
 
+HOPPER_PREFILL = {64: Launch(192, 16, 4), 128: Launch(192, 16, 2)}
+"""By head dim: ``prefill_hopper.py``'s launch. Only the stages are free."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tiling:
     """``kv_tile``, ``near_split``, ``near_end`` and ``split`` are of the contract, as is said in
     ``online_softmax.py``: positions, powers of two. The rest changes no bit.
 
-    flat: whether one loop of a prefill walks the tiles of all splits; under a window it always does
+    hopper: whether ``prefill_hopper.py`` computes prefills; ``prefill`` is ``HOPPER_PREFILL`` then
+    flat: whether one loop of any other prefill walks the tiles of all splits; under a window it
+        always does
     serial: positions that one program walks by itself in a decode step that fills the card without
         more of them; a split starts there
     serial_from: (sequence, KV head) pairs from which on a decode step fills the card
@@ -45,9 +54,10 @@ class Tiling:
     near_end: int = NEAR_END
     split: int = SPLIT
     prefill: Launch = field(default=Launch(128, 8, 3))
+    hopper: bool = False
     flat: bool = False
     decode: Launch = field(default=Launch(16, 4, 3))
-    serial: int = 4096
+    serial: int = 2048
     serial_from: int = 128
     decode_programs: int = 4096
 
@@ -70,10 +80,13 @@ class Scoring:
     window: int | None = None
 
 
-def default_tiling(head_dim: int, itemsize: int, shared_memory: int) -> Tiling:
+def default_tiling(
+    head_dim: int, itemsize: int, shared_memory: int, hopper: bool = False
+) -> Tiling:
     """The tiling for rows of ``head_dim`` values of ``itemsize`` bytes.
 
     :param shared_memory: bytes that one program may have
+    :param hopper: whether ``prefill_hopper.py`` can compute the prefills
     """
     row = padded(head_dim) * itemsize
     if itemsize == 4:
@@ -93,7 +106,23 @@ def default_tiling(head_dim: int, itemsize: int, shared_memory: int) -> Tiling:
                 return choice
         return choices[-1]
 
-    return Tiling(prefill=first(prefill), decode=first(decode))
+    launch = HOPPER_PREFILL[head_dim] if hopper else first(prefill)
+    return Tiling(prefill=launch, hopper=hopper, decode=first(decode))
+
+
+def hopper_fits(device: torch.device, itemsize: int, head_dim: int, page_size: int) -> bool:
+    """Whether ``prefill_hopper.py`` can compute the prefills; otherwise ``prefill.py`` does.
+
+    It is written in Gluon, whose names change with Triton's version; those listed compile it.
+    """
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) == (9, 0)
+        and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+        and itemsize == 2
+        and head_dim in HOPPER_PREFILL
+        and page_size % 8 == 0
+    )
 
 
 def padded(size: int) -> int:
