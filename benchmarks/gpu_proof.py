@@ -106,7 +106,7 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
             check=False,
             timeout=timeout,
         )
-        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode != 0:
             tail = " ".join(done.stderr.splitlines()[-3:])
             problem = f"exit status {done.returncode}: {tail}"
@@ -120,7 +120,7 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
         "model": configuration.model.name,
         "page_size": configuration.page_size,
         "chunk": configuration.chunk,
-        "graphs": _graphs(configuration.flags) if device == "cuda" else "none",
+        "flags": " ".join(configuration.flags),
         "command": " ".join(["isobit", *arguments]),
         "held": held,
         "failures": [*failures, *([problem] if problem and not failures else [])],
@@ -138,14 +138,6 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
         "device": _device_name(device),
         "versions": _versions(),
     }
-
-
-def _graphs(flags: Sequence[str]) -> str:
-    if "--no-cuda-graph" in flags:
-        return "off"
-    if "--cuda-graph-max-bs" in flags:
-        return f"to {flags[flags.index('--cuda-graph-max-bs') + 1]}"
-    return "to 256"
 
 
 def _text(output: str | bytes | None) -> str:
