@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Condition
+from threading import Condition, Lock
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from gpu_proof_table import TABLE, TRIAL, Configuration
 import isobit
 from isobit.backends.rules import installed_version
 from isobit.cli.columns import columns
+from isobit.verify.judge import INVARIANCES
 
 ROOT = Path(__file__).parent.parent
 _LARGE = 50.0
@@ -106,7 +107,7 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
             check=False,
             timeout=timeout,
         )
-        rows = [json.loads(line) for line in done.stdout.splitlines()]
+        rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode != 0:
             tail = " ".join(done.stderr.splitlines()[-3:])
             problem = f"exit status {done.returncode}: {tail}"
@@ -114,17 +115,18 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
         problem = f"not done after {timeout:g} s; {len(_text(expired.stdout).splitlines())} rows"
     held = [row["invariance"] for row in rows if row["holds"] and not row["skipped"]]
     failures = [f"{row['invariance']}: {row['failure']}" for row in rows if not row["holds"]]
+    tried = {row["invariance"] for row in rows if not row["skipped"]}
+    problem = problem or "; ".join(f"{name}: not run" for name in INVARIANCES if name not in tried)
     runs = [run for row in rows for run in row["results"]]
     return {
         "name": configuration.name,
         "model": configuration.model.name,
         "page_size": configuration.page_size,
         "chunk": configuration.chunk,
-        "graphs": _graphs(configuration.flags) if device == "cuda" else "none",
+        "flags": " ".join(configuration.flags),
         "command": " ".join(["isobit", *arguments]),
         "held": held,
         "failures": [*failures, *([problem] if problem and not failures else [])],
-        "skipped": [row["invariance"] for row in rows if row["skipped"]],
         "digests": sorted({row["digest"] for row in rows if not row["skipped"]}),
         "fingerprints": sorted({row["fingerprint"] for row in rows}),
         "cases": max((row["cases"] for row in rows), default=0),
@@ -138,14 +140,6 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
         "device": _device_name(device),
         "versions": _versions(),
     }
-
-
-def _graphs(flags: Sequence[str]) -> str:
-    if "--no-cuda-graph" in flags:
-        return "off"
-    if "--cuda-graph-max-bs" in flags:
-        return f"to {flags[flags.index('--cuda-graph-max-bs') + 1]}"
-    return "to 256"
 
 
 def _text(output: str | bytes | None) -> str:
@@ -248,17 +242,18 @@ def run(arguments: Sequence[str] | None = None) -> int:
     memory = asked.memory or (
         0.94 * torch.cuda.mem_get_info()[1] / 2**30 if asked.device == "cuda" else 8.0 * asked.jobs
     )
-    commit = asked.commit or _commit()
+    commit, writing = asked.commit or _commit(), Lock()
 
     def one(configuration: Configuration) -> dict[str, Any]:
         entry = prove(configuration, asked.device, asked.timeout, commit)
+        with writing:  # as soon as it is known: the whole may be cut short
+            asked.output.write_text(json.dumps(merged(asked.output, [entry]), indent=1) + "\n")
         state = "; ".join(entry["failures"]) or f"{len(entry['held'])} held"
         print(f"{configuration.name}: {entry['seconds']} s, {state}", flush=True)
         return entry
 
     new = side_by_side(chosen, one, memory, asked.jobs)
     entries = merged(asked.output, new)
-    asked.output.write_text(json.dumps(entries, indent=1) + "\n")
     problems = disagreements(entries)
     print("\n".join(problems))
     print(summary(entries))

@@ -182,7 +182,7 @@ def gpu_proof() -> str:
             f"`{e['model']}`",
             str(e["page_size"]),
             f"{e['chunk']:,}",
-            e["graphs"],
+            f"`{e['flags']}`" if e["flags"] else "defaults",
             f"{e['requests']:,}",
             f"{e['longest_prompt']:,}",
             f"{len(e['held'])}" + (f", **{len(e['failures'])} failed**" if e["failures"] else ""),
@@ -191,7 +191,7 @@ def gpu_proof() -> str:
         )
         for e in entries
     ]
-    head = ("model", "pages of", "chunks of", "graphs", "requests at once", "longest prompt")
+    head = ("model", "pages of", "chunks of", "options", "requests at once", "longest prompt")
     return _table((*head, "rows held", "digest", "seconds"), rows) + f"\n{_provenance(entries)}\n"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..core.engine import Engine
 from ..core.step import Step
@@ -75,8 +76,8 @@ def peak_of(engine: Engine) -> Iterator[Peak]:
     peak = Peak(captured=None if graphs is None else graphs.sizes[-1])
     schedule = engine.scheduler.schedule
 
-    def watched(token_budget: int | None = None) -> Step:
-        step = schedule(token_budget)
+    def watched(*args: Any, **options: Any) -> Step:
+        step = schedule(*args, **options)
         peak.decodes = max(peak.decodes, sum(seq.is_decode for seq in step.seqs))
         return step
 

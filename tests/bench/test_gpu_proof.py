@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,13 +31,16 @@ def entry(name: str = "a", **changes: Any) -> dict[str, Any]:
     return {"name": name, "model": "m", "digests": ["d"], "fingerprints": ["f"]} | changes
 
 
-def test_every_model_meets_every_page_size_chunk_and_kind_of_graphs(script: ModuleType) -> None:
+def test_every_model_meets_every_page_size_chunk_and_has_graphs_on_and_off(
+    script: ModuleType,
+) -> None:
     for model in {configuration.model.name for configuration in script.TABLE}:
         mine = [c for c in script.TABLE if c.model.name == model]
         assert {c.page_size for c in mine} == {16, 64, 128}
         chunks = {c.chunk for c in mine}
         assert (min(chunks), max(chunks)) == (256, 8192)
-        assert len({script._graphs(c.flags) for c in mine}) >= 2
+        graphs = ["--no-cuda-graph" not in c.flags for c in mine]
+        assert {True, False} == set(graphs)
         assert max(c.requests for c in mine) == 300
         assert all(c.requests < c.chunk for c in mine)
     names = [c.name for c in script.TABLE]
@@ -101,3 +104,29 @@ def test_refusals(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Non
         script.run(["--only", "no-such-model"])
     assert script.run(["--list", "--only", "8b"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_row_that_was_not_run_is_a_failure(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not run for a reason, or not there at all."""
+    rows = [
+        {
+            "invariance": name,
+            "holds": True,
+            "failure": None,
+            "results": [],
+            "skipped": "off" if name == "cache" else None,
+            "digest": "d",
+            "fingerprint": "f",
+            "cases": 1,
+            "longest_prompt": 1,
+        }
+        for name in script.INVARIANCES[:-1]
+    ]
+    printed = "\n".join(map(json.dumps, rows))
+    done = SimpleNamespace(returncode=0, stdout=printed, stderr="")
+    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: done)
+    found = script.prove(script.TRIAL[0], "cpu", 1.0, "commit")
+    assert found["failures"] == ["cache: not run; rng: not run"]
+    assert len(found["held"]) == len(script.INVARIANCES) - 2

@@ -183,7 +183,7 @@ def test_a_recorded_proof_becomes_a_table_and_a_missing_one_a_sentence(
         "model": "m",
         "page_size": 16,
         "chunk": 8192,
-        "graphs": "off",
+        "flags": "--no-cuda-graph",
         "requests": 300,
         "longest_prompt": 16000,
         "held": ["batch"],
@@ -196,10 +196,10 @@ def test_a_recorded_proof_becomes_a_table_and_a_missing_one_a_sentence(
         "device": "a GPU",
         "versions": {"torch": "2.11"},
     }
-    path.write_text(json.dumps([entry, entry | {"failures": ["chunk: other bits"]}]))
+    path.write_text(json.dumps([entry, entry | {"failures": ["chunk: other bits"], "flags": ""}]))
     text = generator.gpu_proof()
-    assert "| `m` | 16 | 8,192 | off | 300 | 16,000 | 1 | `abc` | 12 |" in text
-    assert "| 1, **1 failed** |" in text
+    assert "| `m` | 16 | 8,192 | `--no-cuda-graph` | 300 | 16,000 | 1 | `abc` | 12 |" in text
+    assert "| 8,192 | defaults | 300 | 16,000 | 1, **1 failed** |" in text
     assert text.endswith(
         "a GPU, torch 2.11; commit `1234567`, 2026-11-22. The first row is\n`isobit verify`.\n"
     )

@@ -277,8 +277,10 @@ def exact_products() -> Iterator[None]:
 
 
 def compare_on_gpu(folder: Path, dtype: str, prompts: list[list[int]], tokens: int) -> None:
+    """Steps and graphs are kept small: for each larger one kernels would be chosen first."""
     judge = {"float32": compare, "bfloat16": compare_bf16}[dtype]
     options: dict[str, Any] = {"max_model_len": 2304, "kv_cache_memory": "1GiB"}
+    options |= {"max_num_batched_tokens": 512, "max_num_seqs": 16}
     with LLM(str(folder), device="cuda", dtype=dtype, **options) as llm:
         judge(llm, loaded(folder, getattr(torch, dtype), "cuda"), prompts, tokens)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from isobit import LLM
 from isobit.cli.main import main
 from isobit.errors import ConfigError
+from isobit.verify import invariances
 from isobit.verify.crowd import crowd
 from isobit.verify.invariances import Proofs
 from isobit.verify.judge import Verdict, judge_runs
@@ -95,6 +96,29 @@ def test_fewer_at_once_prove_nothing(llm: LLM) -> None:
 def test_a_step_has_no_room_for_so_many(llm: LLM, requests: int) -> None:
     with pytest.raises(ConfigError, match="max_num_batched_tokens = 64 tokens"):
         crowd(llm.engine, cases_of(llm), requests)
+
+
+def test_long_prompts_are_cut_into_larger_pieces(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no step is larger than the engine's own."""
+    monkeypatch.setattr(invariances, "_CUT_SMALL", 20)
+    verdict = row(llm, "chunk")
+    assert verdict.holds, verdict.failure
+    small = sum(length <= 20 for length in LENGTHS)
+    found = [(result.label, result.requests) for result in verdict.results]
+    few = [("chunks of 33", small), ("chunks of 64", small), ("random chunks", small)]
+    assert found == [*few, ("chunks of 64", len(LENGTHS))]
+    backend, plan = llm.engine.runner.backend, llm.engine.runner.backend.plan
+
+    def variant(batch: Any) -> Any:
+        """In long chunks that start amid a prompt, the last token goes where the first should."""
+        for start, new in zip(batch.kv_lens, batch.query_lens, strict=True):
+            if new > 20 and start > new:
+                batch.slot_mapping[-1] = batch.slot_mapping[0]
+        return plan(batch)
+
+    monkeypatch.setattr(backend, "plan", variant)
+    verdict = row(llm, "chunk")
+    assert [result.equal for result in verdict.results] == [True, True, True, False]
 
 
 def test_half_of_the_cache_is_evicted(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
