@@ -52,8 +52,8 @@ _LONG = ("--dtype", "bfloat16", "--max-model-len", "17000", "--max-prompt-tokens
 _EAGER, _FEW = ("--no-cuda-graph",), ("--cuda-graph-max-bs", "16")
 _SYNC = ("--no-async-scheduling",)
 _BIG = _random("qwen3-8b", 15.3, *_LONG, "--quick", "--max-new-tokens", "16")
-_MIDDLE = _random("qwen3-1.7b", 3.3, *_LONG)
-_LLAMA = _random("llama-3.2-1b", 2.4, *_LONG)
+_MIDDLE = _random("qwen3-1.7b", 3.3, *_LONG, "--quick", "--max-new-tokens", "16")
+_LLAMA = _random("llama-3.2-1b", 2.4, *_LONG, "--quick", "--max-new-tokens", "16")
 _REAL = Model(
     "smollm2",
     0.3,
@@ -65,18 +65,15 @@ TABLE = [
     Configuration(_BIG, 16, 2048, 300, 14),
     Configuration(_BIG, 64, 256, 200, 14, _EAGER + _SYNC),
     Configuration(_BIG, 128, 8192, 300, 20),
-    Configuration(_MIDDLE, 16, 2048, 300, 10),
+    Configuration(_MIDDLE, 16, 8192, 300, 10, _SYNC),
     Configuration(_MIDDLE, 64, 256, 200, 10, _EAGER),
-    Configuration(_MIDDLE, 128, 8192, 300, 14, _FEW),
-    Configuration(_MIDDLE, 64, 8192, 300, 10, _SYNC),
-    Configuration(_LLAMA, 16, 256, 200, 4, _SYNC),
-    Configuration(_LLAMA, 64, 2048, 300, 4, _FEW),
-    Configuration(_LLAMA, 128, 8192, 300, 6),
-    Configuration(_LLAMA, 16, 512, 300, 4, _EAGER),
+    Configuration(_MIDDLE, 128, 2048, 300, 14, _FEW),
+    Configuration(_LLAMA, 16, 256, 200, 4, _FEW),
+    Configuration(_LLAMA, 64, 8192, 300, 4, _EAGER),
+    Configuration(_LLAMA, 128, 2048, 300, 6, _SYNC),
     Configuration(_REAL, 16, 8192, 300, 3, _EAGER),
-    Configuration(_REAL, 64, 512, 300, 3, _FEW),
-    Configuration(_REAL, 128, 2048, 300, 4, _SYNC),
-    Configuration(_REAL, 16, 256, 200, 3),
+    Configuration(_REAL, 64, 2048, 300, 3, _FEW + _SYNC),
+    Configuration(_REAL, 128, 256, 200, 4),
 ]
 """Every page size, chunk and kind of graphs with every model, with steps ahead and without; the
 largest model least often."""

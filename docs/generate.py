@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import re
 import shlex
 import sys
@@ -23,6 +22,8 @@ from typing import Any
 import click
 from click.testing import CliRunner
 from proved import proved_matrix
+from recorded import gpu_proof, gpu_startup, gpu_steps, gpu_throughput
+from tables import table
 
 from isobit.backends.base import AttentionConfig, Batch, LayerCache
 from isobit.backends.capabilities import (
@@ -101,13 +102,13 @@ def console(line: str) -> str:
 
 
 def features() -> str:
-    return _table(("feature", "meaning"), [(f"`{name}`", text) for name, text in FEATURES.items()])
+    return table(("feature", "meaning"), [(f"`{name}`", text) for name, text in FEATURES.items()])
 
 
 def checks() -> str:
     """The conformance suite's checks, in the order in which they run."""
     rows = [(f"`{check.name}`", check.what, _judged_where(check)) for check in CHECKS]
-    return _table(("check", "the promise that it tries", "judged where declared"), rows)
+    return table(("check", "the promise that it tries", "judged where declared"), rows)
 
 
 def _judged_where(check: Check) -> str:
@@ -132,77 +133,7 @@ def _objection(check: Check, declared: dict[str, Any]) -> str | None:
 def mutants() -> str:
     """The backends that the conformance suite must fail."""
     rows = [(f"`{m.name}`", m.fault, m.seen, ", ".join(m.caught_by)) for m in MUTANTS]
-    return _table(("mutant", "what is wrong", "seen", "caught by"), rows)
-
-
-def gpu_throughput() -> str:
-    """A recorded run of ``isobit bench throughput --compare``, both engines side by side."""
-    path = ROOT / "benchmarks" / "results" / "h200-qwen3-8b-throughput.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    held, lifted = ([r for r in rows if r["deterministic"] is on] for on in (True, False))
-    return _table(
-        (
-            "requests x input → output",
-            "seconds, held",
-            "lifted",
-            "ms a token, held",
-            "lifted",
-            "share of the limit, held",
-            "device idle",
-        ),
-        [
-            (
-                f"{a['requests']} x {a['input_len']:,} → {a['output_len']}",
-                f"{a['seconds']:.2f}",
-                f"{b['seconds']:.2f}",
-                _milliseconds(a),
-                _milliseconds(b),
-                f"{a['share_of_limit']:.0%}",
-                f"{a['device_idle_share']:.0%}",
-            )
-            for a, b in zip(held, lifted, strict=True)
-        ],
-    )
-
-
-def _milliseconds(row: dict[str, Any]) -> str:
-    return f"{row['inter_token_ms']:.2f}" if row["output_len"] > 1 else "-"
-
-
-GPU_PROOF = ROOT / "benchmarks" / "results" / "h200-verify.json"
-
-
-def gpu_proof() -> str:
-    """A recorded run of ``benchmarks/gpu_proof.py``, and what it ran on."""
-    if not GPU_PROOF.exists():
-        return "No run is recorded yet.\n"
-    entries = json.loads(GPU_PROOF.read_text())
-    rows = [
-        (
-            f"`{e['model']}`",
-            str(e["page_size"]),
-            f"{e['chunk']:,}",
-            f"`{e['flags']}`" if e["flags"] else "defaults",
-            f"{e['requests']:,}",
-            f"{e['longest_prompt']:,}",
-            f"{len(e['held'])}" + (f", **{len(e['failures'])} failed**" if e["failures"] else ""),
-            ", ".join(f"`{digest}`" for digest in e["digests"]) or "-",
-            f"{e['seconds']:.0f}",
-        )
-        for e in entries
-    ]
-    head = ("model", "pages of", "chunks of", "options", "requests at once", "longest prompt")
-    return _table((*head, "rows held", "digest", "seconds"), rows) + f"\n{_provenance(entries)}\n"
-
-
-def _provenance(entries: list[dict[str, Any]]) -> str:
-    """Device, versions, commits and dates of all entries, and the command of the first."""
-    where = dict.fromkeys(
-        f"{e['device']}, {', '.join(f'{k} {v}' for k, v in e['versions'].items())}; commit "
-        f"`{e['commit']}`, {e['date']}"
-        for e in entries
-    )
-    return f"{'. '.join(where)}. The first row is\n`{entries[0]['command']}`."
+    return table(("mutant", "what is wrong", "seen", "caught by"), rows)
 
 
 def fields_of(cls: type) -> Callable[[], str]:
@@ -213,7 +144,7 @@ def fields_of(cls: type) -> Callable[[], str]:
         silent = [field.name for field in fields(cls) if field.name not in said]
         if silent:
             raise SystemExit(f"{cls.__name__}'s docstring does not explain {', '.join(silent)}")
-        return _table(
+        return table(
             ("name", "type", "default", "meaning"),
             [(f"`{f.name}`", f"`{_type(f)}`", _default(f), said[f.name]) for f in fields(cls)],
         )
@@ -248,12 +179,6 @@ def _default(field: Field[Any]) -> str:
     return "required" if field.default is MISSING else f"`{field.default!r}`"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    cells = [[cell.replace("``", "`").replace("|", r"\|") for cell in line] for line in lines]
-    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
-
 PARTS: dict[str, Callable[[], str]] = {
     "matrix": matrix,
     "example-matrix": example_matrix,
@@ -271,6 +196,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "features": features,
     "mutants": mutants,
     "gpu-throughput": gpu_throughput,
+    "gpu-steps": gpu_steps,
+    "gpu-startup": gpu_startup,
     "gpu-proof": gpu_proof,
 }
 

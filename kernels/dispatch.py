@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 
@@ -16,7 +17,8 @@ PROVIDERS = ("native", "torch")
 """Those that keep the contracts, in the order of preference."""
 
 UNCONSTRAINED = "library"
-"""torch's own defaults, which keep none; never taken unless asked for by name."""
+"""torch's own defaults, which keep none; never taken unless asked for by name. On CUDA they are
+its products alone, among the row-wise kernels of "triton": the fastest mix that there is."""
 
 _ROPE_NATIVE = rope.split_norm_rope(norm.rms_norm_native, rope.rope_native)
 _ROPE_TORCH = rope.split_norm_rope(norm.rms_norm_torch, rope.rope_torch)
@@ -101,6 +103,12 @@ def _triton() -> KernelSet:
     )
 
 
+@functools.cache
+def _library_on_cuda() -> KernelSet:
+    kernels = replace(_triton(), name=UNCONSTRAINED, linear=library_defaults.LibraryLinear)
+    return replace(kernels, demoted=_LIBRARY.demoted)
+
+
 def load_kernels(name: str = "auto", device: torch.device | None = None) -> KernelSet:
     """The provider ``name`` ("native", "torch", "triton", "library"), or for "auto" the first that
     can run: of ``PROVIDERS`` on the CPU, of "triton" and "torch" on a CUDA device.
@@ -118,6 +126,8 @@ def load_kernels(name: str = "auto", device: torch.device | None = None) -> Kern
             f"kernels={name!r} cannot be used: {reason}. Use kernels='auto' to take the best that "
             f"can run here."
         )
+    if name == UNCONSTRAINED and device.type == "cuda" and not launch.unavailable_reason(device):
+        return _library_on_cuda()
     return _triton() if name == "triton" else _SETS[name]
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 from .launch import aligned, hopper
 from .matmul import CANONICAL, FLOAT_TILES, HALF_TILES, SWAPPED_TILES, Tile, matmul
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Row counts that a choice is made for; a batch uses the smallest that holds it."""
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+"""Row counts that a choice is made for; ``pieces`` says which a batch uses."""
+
+CUT_FROM = 2048
+"""Rows. Larger buckets lie far apart, so a batch that does not fill one is cut."""
 
 
 _TALL = 128  # rows; lower tiles are for at most eight times as many
@@ -147,6 +150,15 @@ def candidates(dtype: torch.dtype, bucket: int) -> Sequence[Candidate]:
 def bucket_of(rows: int) -> int:
     """The smallest bucket that holds ``rows``, at most ``BUCKETS[-1]``."""
     return next(bucket for bucket in BUCKETS if bucket >= rows)
+
+
+def pieces(rows: int) -> list[int]:
+    """The rows of each piece of a batch: whole large buckets, then what a small one holds."""
+    found = []
+    for bucket in reversed([bucket for bucket in BUCKETS if bucket >= CUT_FROM]):
+        found += [bucket] * (rows // bucket)
+        rows %= bucket
+    return [*found, rows] if rows else found
 
 
 def prepared(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .candidates import BUCKETS, bucket_of, canonical, prepared
+from .candidates import bucket_of, canonical, pieces, prepared
 from .choices import Chooser, choice_file, median_ms
 from .launch import aligned
 from .trials import Problem
@@ -51,12 +51,11 @@ class TritonLinear:
         self.accumulators(x)
 
     def _product(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
-        """Piece by piece where there are more rows than in the largest bucket."""
-        most = BUCKETS[-1]
-        if x.shape[0] <= most:
+        sizes = pieces(x.shape[0])
+        if len(sizes) < 2:
             return self._bucket(prepared(x, self._weight.dtype), out_dtype, None)
         out = torch.empty(x.shape[0], self.out_features, dtype=out_dtype, device=x.device)
-        for piece, result in zip(x.split(most), out.split(most), strict=True):
+        for piece, result in zip(x.split(sizes), out.split(sizes), strict=True):
             self._bucket(prepared(piece, self._weight.dtype), out_dtype, result)
         return out
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .candidates import BUCKETS, Candidate, canonical, prepared
+from .candidates import BUCKETS, CUT_FROM, Candidate, canonical, prepared
 
 _OUTLIER_STEP = 97
 _OUTLIER_FACTOR = 100.0
@@ -37,7 +37,9 @@ class Problem:
         return f"N{self.columns} K{self.depth} {dtypes} M{self.bucket}"
 
     def row_counts(self) -> list[int]:
-        """The bucket's most and fewest rows, and one between."""
+        """The bucket's most and fewest rows, and one between; a large one is only met whole."""
+        if self.bucket > CUT_FROM:
+            return [self.bucket]
         fewest = max((b for b in BUCKETS if b < self.bucket), default=0) + 1
         return sorted({fewest, (fewest + self.bucket) // 2, self.bucket})
 

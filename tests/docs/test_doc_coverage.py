@@ -177,7 +177,7 @@ def test_a_recorded_proof_becomes_a_table_and_a_missing_one_a_sentence(
     generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "proof.json"
-    monkeypatch.setattr(generator, "GPU_PROOF", path)
+    monkeypatch.setattr(sys.modules["recorded"], "GPU_PROOF", path)
     assert generator.gpu_proof() == "No run is recorded yet.\n"
     entry = {
         "model": "m",

@@ -7,6 +7,7 @@ import torch
 
 from isobit.errors import ConfigError
 from isobit.kernels.dispatch import load_kernels, unavailable_reason
+from isobit.kernels.library_defaults import LibraryLinear
 from isobit.kernels.native import library
 from isobit.kernels.triton import launch
 
@@ -66,3 +67,17 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
 
 def test_native_is_refused_off_the_cpu():
     assert "CPU only" in unavailable_reason("native", torch.device("cuda"))
+
+
+def test_lifted_constraints_on_cuda_keep_the_fast_kernels() -> None:
+    """Only the products are the library's there, so that a comparison shows what the promise costs
+    and not what slower kernels do."""
+    pytest.importorskip("triton", reason="needs the package triton")
+    cuda = torch.device("cuda")
+    lifted, held = load_kernels("library", cuda), load_kernels("triton", cuda)
+    assert lifted.name == "library"
+    assert lifted.linear is LibraryLinear
+    assert lifted.linear is not held.linear
+    assert (lifted.rope_qkv_write, lifted.choose) == (held.rope_qkv_write, held.choose)
+    assert lifted.demoted(cuda) == ()
+    assert load_kernels("library").rope_qkv_write is not held.rope_qkv_write

@@ -29,6 +29,7 @@ from isobit.kernels.triton.candidates import (
     bucket_of,
     candidates,
     canonical,
+    pieces,
 )
 from isobit.kernels.triton.choices import ChoiceFile, Chooser
 from isobit.kernels.triton.linear import TritonLinear, chooser
@@ -174,7 +175,7 @@ def test_candidates_are_of_a_buckets_size_and_named_apart(dtype: torch.dtype) ->
 
 
 def test_pieces_of_a_large_batch_have_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "BUCKETS", (1, 2, 4))
+    monkeypatch.setattr(linears, "pieces", lambda rows: [4, 4, rows - 8])
     weight, x = weight_of(8, 64, torch.bfloat16), rows_of(11, 64, torch.bfloat16)
     pieces = TritonLinear(weight).accumulators(x)
     assert same_bits(pieces, canonical(x, weight, torch.float32))
@@ -182,13 +183,20 @@ def test_pieces_of_a_large_batch_have_its_bits(monkeypatch: pytest.MonkeyPatch) 
     assert not same_bits(TritonLinear(weight).accumulators(x), pieces)
 
 
-def test_views_and_more_rows_than_the_largest_bucket() -> None:
+def test_views_and_a_batch_in_pieces() -> None:
     weight = weight_of(8, 16, torch.float16)
     linear = TritonLinear(weight)
-    x = rows_of(BUCKETS[-1] + 3, 32, torch.float16)
+    x = rows_of(2048 + 3, 32, torch.float16)
     wide = linear.accumulators(x[:, 3:19])
     assert same_bits(wide[-4:], linear.accumulators(x[-4:, 3:19].clone()))
     assert linear(x[:0, :16]).shape == (0, 8)
+
+
+def test_large_batches_are_cut_into_whole_buckets() -> None:
+    assert pieces(0) == []
+    assert pieces(2047) == [2047]
+    assert pieces(5000) == [4096, 904]
+    assert pieces(23_000) == [8192, 8192, 4096, 2048, 472]
 
 
 def test_buckets_hold_their_rows() -> None:
