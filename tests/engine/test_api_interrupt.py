@@ -177,7 +177,7 @@ def test_a_backends_error_names_it_and_the_engine_goes_on(
     assert bits(llm.generate(PROMPTS, PARAMS)) == expected
 
 
-@pytest.mark.parametrize(("where", "call"), [("plan", 1), ("run", 9)])
+@pytest.mark.parametrize(("where", "call"), [("plan", 1), ("run_written", 9)])
 def test_a_shortage_in_a_step_says_what_to_lower_and_the_engine_goes_on(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str, call: int
 ) -> None:

@@ -139,7 +139,7 @@ def test_half_of_the_cache_is_evicted(llm: LLM, monkeypatch: pytest.MonkeyPatch)
 def test_other_bits_in_pages_that_decoding_wrote_are_caught(llm: LLM) -> None:
     """The negative control: attention of decoding differs from that of a prefill, in any batch."""
     backend = llm.engine.runner.backend
-    plan, run = backend.plan, backend.run
+    plan, run = backend.plan, backend.run_written
     decodes = 0
 
     def watched(batch: Any) -> Any:
@@ -147,11 +147,11 @@ def test_other_bits_in_pages_that_decoding_wrote_are_caught(llm: LLM) -> None:
         decodes = batch.num_decodes
         return plan(batch)
 
-    def variant(q: Tensor, k: Tensor, v: Tensor, layer: Any, planned: Any, out: Tensor) -> None:
-        run(q, k, v, layer, planned, out)
+    def variant(q: Tensor, layer: Any, planned: Any, out: Tensor) -> None:
+        run(q, layer, planned, out)
         out[:decodes] *= 1 + 2**-8
 
-    backend.plan, backend.run = watched, variant  # type: ignore[method-assign]
+    backend.plan, backend.run_written = watched, variant  # type: ignore[method-assign]
     assert row(llm, "batch").holds
     verdict = row(llm, "cache")
     assert [result.equal for result in verdict.results] == [True, True, False]
