@@ -28,7 +28,7 @@ from .phases import explained_step
 from .request import Request
 from .scheduler import ScheduledSeq, Step
 
-_LOGITS_ROWS = 256
+LOGITS_ROWS = 256
 """Rows of logits held at once: what prompt scoring needs beyond is computed piece by piece."""
 
 RowOwners = list[tuple[Request, int]]
@@ -216,8 +216,8 @@ class Runner:
         wanted = request.params.prompt_logprobs or 0
         first = max(seq.start, request.num_scored_tokens)
         last = min(seq.stop, request.num_prompt_tokens - 1)
-        for begin in range(first, last, _LOGITS_ROWS):
-            end = min(begin + _LOGITS_ROWS, last)
+        for begin in range(first, last, LOGITS_ROWS):
+            end = min(begin + LOGITS_ROWS, last)
             rows = slice(row_of_0 + begin, row_of_0 + end)
             targets = request.prompt_token_ids[begin + 1 : end + 1]
             self._observe(owners[rows])

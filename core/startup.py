@@ -38,7 +38,7 @@ from .report import (
     report_rows,
     steps_row,
 )
-from .runner import Runner
+from .runner import LOGITS_ROWS, Runner
 from .scheduler import Scheduler, SchedulerConfig
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,6 +67,10 @@ def _start(
         weights, digest = _weights(config, folder, model, dtype, device)
     with phases.timed(KERNELS):
         choice = choose_kernels(config, model, weights, dtype, max_model_len, device)
+        linears = choice.decoder.linears()
+        head = linears.pop("lm_head")
+        most = config.token_budget(device.type), max(config.max_num_seqs, LOGITS_ROWS)
+        choice.kernels.prepare(linears.values(), head, *most)
     del weights  # what the decoder does not use is free again
     with phases.timed(KV_CACHE):
         name = choice.kernels.name

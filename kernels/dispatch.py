@@ -99,14 +99,20 @@ def _triton() -> KernelSet:
         choose=choose.choose,
         write_kv=attention.write_kv,
         paged_attention=attention.paged_attention_torch,
+        prepare=linear.prepare,
         demoted=linear.demoted,
     )
 
 
 @functools.cache
 def _library_on_cuda() -> KernelSet:
-    kernels = replace(_triton(), name=UNCONSTRAINED, linear=library_defaults.LibraryLinear)
-    return replace(kernels, demoted=_LIBRARY.demoted)
+    return replace(
+        _triton(),
+        name=UNCONSTRAINED,
+        linear=library_defaults.LibraryLinear,
+        prepare=_LIBRARY.prepare,
+        demoted=_LIBRARY.demoted,
+    )
 
 
 def load_kernels(name: str = "auto", device: torch.device | None = None) -> KernelSet:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -95,6 +95,9 @@ class KernelSet:
                      contiguous, slot_mapping int64 ``[T]``) -> None
     paged_attention: (q ``[T, Hq, D]``, k_cache, v_cache, block_table int32 ``[B, max_pages]``,
                      cu_seqlens_q int32 ``[B + 1]``, seq_lens int32 ``[B]``, scale, out) -> None
+    prepare:         (the layers' linears, the head, rows of a step at most, rows of the head at
+                     most) -> None: choose and compile now what a step would wait for; nothing for
+                     a provider that chooses nothing
     demoted:         (device) -> a line for each way to compute an op there that gave other bits and
                      is not used; empty for a provider that has one way
     """
@@ -113,4 +116,5 @@ class KernelSet:
     choose: Callable[[Tensor, Draw], tuple[Tensor, Tensor]] | None
     write_kv: WriteKv
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
+    prepare: Callable[[Iterable[Linear], Linear, int, int], None] = lambda *_: None
     demoted: Callable[[torch.device], Sequence[str]] = lambda device: ()

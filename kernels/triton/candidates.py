@@ -152,6 +152,12 @@ def bucket_of(rows: int) -> int:
     return next(bucket for bucket in BUCKETS if bucket >= rows)
 
 
+def buckets_met(most: int) -> list[int]:
+    """The buckets that batches of up to ``most`` rows use."""
+    small = bucket_of(min(most, CUT_FROM))
+    return [bucket for bucket in BUCKETS if bucket <= max(small, most)]
+
+
 def pieces(rows: int) -> list[int]:
     """The rows of each piece of a batch: whole large buckets, then what a small one holds."""
     found = []

@@ -7,11 +7,13 @@ Which candidate runs is chosen a weight shape and a row-count bucket at a time (
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from .candidates import bucket_of, canonical, pieces, prepared
+from ..kernel_set import Linear
+from .candidates import bucket_of, buckets_met, canonical, pieces, prepared
 from .choices import Chooser, choice_file, median_ms
 from .launch import aligned
 from .trials import Problem
@@ -44,11 +46,10 @@ class TritonLinear:
     def accumulators(self, x: Tensor) -> Tensor:
         return self._product(x, torch.float32)
 
-    def tune(self, rows: int) -> None:
-        """Choose now how ``rows`` rows are computed, with either result, before graphs need it."""
+    def tune(self, rows: int, *, accumulators: bool = False) -> None:
+        """Choose now how ``rows`` rows are computed, before a graph or a step needs it."""
         x = self._weight.new_zeros(rows, self.in_features)
-        self(x)
-        self.accumulators(x)
+        self._product(x, torch.float32 if accumulators else self._weight.dtype)
 
     def _product(self, x: Tensor, out_dtype: torch.dtype) -> Tensor:
         sizes = pieces(x.shape[0])
@@ -67,3 +68,25 @@ class TritonLinear:
         problem = Problem(self.out_features, self.in_features, weight.dtype, out_dtype, bucket)
         way = chooser(weight.device).choose(problem, weight)
         return way(x, weight, out_dtype, bucket, out)
+
+
+def prepare(layers: Iterable[Linear], head: Linear, most_rows: int, most_logits: int) -> None:
+    """Choose how every product that may come is computed, so that no step waits for a choice.
+
+    :param layers: all whose results are taken in the weight's dtype; one of each shape is looked at
+    :param head: whose accumulators are taken
+    :param most_rows: of a step
+    :param most_logits: rows of the head at most
+    """
+    shapes = {(each.out_features, each.in_features): each for each in layers}
+    for linear in shapes.values():
+        for rows in buckets_met(most_rows):
+            _tune(linear, rows, accumulators=False)
+    for rows in buckets_met(most_logits):
+        _tune(head, rows, accumulators=True)
+
+
+def _tune(linear: Linear, rows: int, *, accumulators: bool) -> None:
+    """One that somebody put in a linear's place has nothing to choose."""
+    if isinstance(linear, TritonLinear):
+        linear.tune(rows, accumulators=accumulators)

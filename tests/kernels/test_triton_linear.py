@@ -199,6 +199,27 @@ def test_large_batches_are_cut_into_whole_buckets() -> None:
     assert pieces(23_000) == [8192, 8192, 4096, 2048, 472]
 
 
+def test_everything_that_may_come_is_chosen_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[int, int, int, bool]] = []
+
+    def tune(self: TritonLinear, rows: int, *, accumulators: bool = False) -> None:
+        chosen.append((self.out_features, self.in_features, rows, accumulators))
+
+    monkeypatch.setattr(TritonLinear, "tune", tune)
+    weights = [weight_of(8, 16, torch.bfloat16), weight_of(8, 32, torch.bfloat16)]
+    layers = [TritonLinear(weight) for weight in weights * 3]
+    linears.prepare(layers, TritonLinear(weight_of(40, 16, torch.bfloat16)), 5000, 20)
+    assert len(set(chosen)) == len(chosen)
+    for depth in (16, 32):
+        rows = {rows for *shape, rows, sums in chosen if shape == [8, depth] and not sums}
+        assert rows == {bucket for bucket in BUCKETS if bucket <= 4096}
+        met = {bucket_of(piece) for batch in range(1, 5001) for piece in pieces(batch)}
+        assert rows == met
+    assert {rows for *shape, rows, sums in chosen if shape == [40, 16] and sums} == {
+        *(1, 2, 4, 8, 16, 32)
+    }
+
+
 def test_buckets_hold_their_rows() -> None:
     assert [bucket_of(rows) for rows in (1, 3, 16, 17, 2048)] == [1, 4, 16, 32, 2048]
 
