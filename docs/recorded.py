@@ -18,27 +18,33 @@ _PEERS = ("vLLM", "vLLM, batch-invariant", "SGLang", "SGLang, deterministic")
 
 
 def gpu_throughput() -> str:
-    """``isobit bench throughput --compare``: both engines, and what peers took on the same card."""
+    """``isobit bench throughput``, and what peers took on the same card; with ``--compare`` also
+    the engine whose constraints are lifted."""
     rows = _lines("h200-qwen3-8b-throughput.jsonl")
-    held, lifted = ([r for r in rows if r["deterministic"] is on] for on in (True, False))
-    peers = {
-        peer["workload"]: peer for peer in json.loads((RESULTS / "h200-peers.json").read_text())
-    }
+    lifted = {_workload(row): row for row in rows if not row["deterministic"]}
+    measured = json.loads((RESULTS / "h200-peers.json").read_text())
+    peers = {peer["workload"]: peer for peer in measured}
     lines = []
-    for a, b in zip(held, lifted, strict=True):
-        peer = peers["{requests}:{input_len}:{output_len}".format(**a)]
+    for row in (row for row in rows if row["deterministic"]):
+        peer = peers[_workload(row)]
         lines.append(
             (
-                f"{a['requests']} x {a['input_len']:,} → {a['output_len']}",
-                f"**{_figure(a, peer)}** {peer['unit']}",
-                _figure(b, peer),
+                f"{row['requests']} x {row['input_len']:,} → {row['output_len']}",
+                f"**{_figure(row, peer)}** {peer['unit']}",
+                *([_figure(lifted[_workload(row)], peer)] if lifted else []),
                 *("-" if peer[name] is None else f"{peer[name]:.2f}" for name in _PEERS),
-                f"{a['share_of_limit']:.0%}",
-                f"{a['device_idle_share']:.1%}",
+                f"{row['share_of_limit']:.0%}",
+                f"{row['device_idle_share']:.1%}",
             )
         )
-    head = ("requests x input → output", "held", "lifted", *_PEERS, "of the limit", "device idle")
-    return table(head, lines)
+    ours = ("Isobit", "Isobit, lifted") if lifted else ("Isobit",)
+    return table(
+        ("requests x input → output", *ours, *_PEERS, "of the limit", "device idle"), lines
+    )
+
+
+def _workload(row: dict[str, Any]) -> str:
+    return "{requests}:{input_len}:{output_len}".format(**row)
 
 
 def _figure(row: dict[str, Any], peer: dict[str, Any]) -> str:
