@@ -167,10 +167,10 @@ def _add_kernels(
         time.launches = (time.launches or 0) + 1
 
 
-def _sampling(executions: Sequence[_Range], ops: Sequence[_Range]) -> list[_Range]:
-    """What each execution does after its last logits."""
+def _sampling(launches: Sequence[_Range], ops: Sequence[_Range]) -> list[_Range]:
+    """What each launch does after its last logits."""
     found = []
-    for begin, end, _ in executions:
+    for begin, end, _ in launches:
         ends = [each.end for each in ops if each.op == "lm_head" and begin <= each.begin < end]
         if ends:
             found.append(_Range(max(ends), end, "sampling"))

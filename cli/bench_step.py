@@ -110,6 +110,8 @@ def _fitted(kwargs: dict[str, Any], kind: StepKind, steps: int) -> dict[str, Any
     """The engine's options with room for the step, and no steps ahead: they hide what is whose."""
     from ..bench.one_step import steps_needed
     from ..bench.steady import max_model_len
+    from ..core.config import EngineConfig
+    from ..core.devices import resolve_device
 
     if kwargs["async_scheduling"] is True:
         raise click.UsageError(
@@ -118,7 +120,8 @@ def _fitted(kwargs: dict[str, Any], kind: StepKind, steps: int) -> dict[str, Any
         )
     kwargs["async_scheduling"] = False
     kwargs["max_num_seqs"] = max(kwargs["max_num_seqs"], kind.batch)
-    budget = max(kwargs["max_num_batched_tokens"] or 2048, kind.batch * kind.tokens)
+    usual = EngineConfig(**kwargs).token_budget(resolve_device(kwargs["device"]).type)
+    budget = max(usual, kind.batch * kind.tokens)
     kwargs["max_num_batched_tokens"] = budget
     if kwargs["max_model_len"] is None:
         kwargs["max_model_len"] = max_model_len(kind, steps_needed(steps), budget)

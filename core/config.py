@@ -54,7 +54,8 @@ class EngineConfig:
     :param load_format: ``"auto"`` (safetensors) or ``"random"`` (from a config alone).
     :param load_seed: seed of random weights.
     :param kernels: ``"native"`` (CPU), ``"triton"`` (CUDA), ``"torch"``, ``"auto"``; or
-        ``"library"``, torch's own default kernels, which hold no contract and need
+        ``"library"``, torch's own default kernels (on CUDA its products alone, among Triton's
+        other kernels), which hold no contract and need
         ``deterministic=False``.
     :param disable_plugins: entry-point names that are not loaded.
     :param strict_plugins: any broken plugin is an error, also one that nobody asked for.

@@ -98,7 +98,7 @@ def measure(
 ) -> DeviceMemory:
     """Run a step as large as any, and see what it takes of the CUDA device.
 
-    It runs twice: the first time kernels are compiled and chosen, which takes memory of its own.
+    It runs twice: the first time kernels are compiled, which takes memory of its own.
     """
     gc.collect()  # an engine that was closed may still wait for it
     torch.cuda.empty_cache()

@@ -91,10 +91,14 @@ class Scheduler:
         others are under way.
 
         :param token_budget: tokens in this step at most, instead of ``max_num_batched_tokens``.
+        :raises ConfigError: a wrong ``token_budget``; nothing was begun.
         :raises EngineError: too many steps are not complete.
         """
         if len(self._under_way) > self.config.steps_ahead:
-            raise EngineError("schedule() was called before complete() of the last step")
+            raise EngineError(
+                f"schedule() was called before complete(): {len(self._under_way)} steps are under "
+                f"way, and steps_ahead is {self.config.steps_ahead}"
+            )
         budget = self.config.max_num_batched_tokens if token_budget is None else token_budget
         if not isinstance(budget, int) or budget < 1:
             raise ConfigError(

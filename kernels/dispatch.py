@@ -37,7 +37,6 @@ _NATIVE = KernelSet(
     log_normalisers=None,
     gumbel=philox.gumbel_native,
     choose=None,
-    write_kv=attention.write_kv,
     paged_attention=attention.paged_attention_native,
 )
 
@@ -54,7 +53,6 @@ _TORCH = KernelSet(
     log_normalisers=None,
     gumbel=philox.gumbel_torch,
     choose=None,
-    write_kv=attention.write_kv,
     paged_attention=attention.paged_attention_torch,
 )
 
@@ -71,7 +69,6 @@ _LIBRARY = KernelSet(
     log_normalisers=None,
     gumbel=philox.gumbel_torch,
     choose=None,
-    write_kv=attention.write_kv,
     paged_attention=library_defaults.paged_attention_library,
 )
 
@@ -97,7 +94,6 @@ def _triton() -> KernelSet:
         log_normalisers=logits.log_normalisers,
         gumbel=philox.gumbel,
         choose=choose.choose,
-        write_kv=attention.write_kv,
         paged_attention=attention.paged_attention_torch,
         prepare=linear.prepare,
         demoted=linear.demoted,

@@ -81,7 +81,7 @@ class KernelSet:
     rope_qkv:        (qkv ``[T, (Hq + 2 Hk) D]``, Hq, Hk, QkNorm or None, cos_sin, positions)
                      -> q, k, v ``[T, heads, D]``, contiguous, q and k normed and rotated
     rope_qkv_write:  (what ``rope_qkv`` takes, k_cache, v_cache, slot_mapping) -> q; k and v go to
-                     their slots, as ``write_kv`` puts them
+                     slot ``page * page_size + offset``, the caches ``[P, page_size, Hk, D]``
     silu_mul:        gate_up ``[T, 2I]`` -> silu(gate) * up ``[T, I]``
     log_softmax:     fp32 ``[R, V]`` -> fp32 ``[R, V]``
     log_normalisers: fp32 ``[R, V]`` -> (maxima, log totals: fp32 ``[R]``), such that log_softmax is
@@ -91,8 +91,6 @@ class KernelSet:
     choose:          (edited logits fp32 ``[R, V]``, Draw) -> (token ids int64 ``[R]``, their scores
                      fp32 ``[R]``, not finite where no token is possible); None where the sampler
                      does this out of ``log_softmax`` and ``gumbel``
-    write_kv:        (k ``[T, Hk, D]``, v, k_cache ``[P, page_size, Hk, D]``, v_cache, both
-                     contiguous, slot_mapping int64 ``[T]``) -> None
     paged_attention: (q ``[T, Hq, D]``, k_cache, v_cache, block_table int32 ``[B, max_pages]``,
                      cu_seqlens_q int32 ``[B + 1]``, seq_lens int32 ``[B]``, scale, out) -> None
     prepare:         (the layers' linears, the head, rows of a step at most, rows of the head at
@@ -114,7 +112,6 @@ class KernelSet:
     log_normalisers: Callable[[Tensor], tuple[Tensor, Tensor]] | None
     gumbel: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     choose: Callable[[Tensor, Draw], tuple[Tensor, Tensor]] | None
-    write_kv: WriteKv
     paged_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float, Tensor], None]
     prepare: Callable[[Iterable[Linear], Linear, int, int], None] = lambda *_: None
     demoted: Callable[[torch.device], Sequence[str]] = lambda device: ()

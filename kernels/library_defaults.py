@@ -1,9 +1,8 @@
 """torch's own kernels as they come: fast where the library is, and under no contract.
 
 This is what other engines call their default mode; on CUDA only the products are taken from here
-(``dispatch.py``). Results may depend on the batch, the chunking
-and the thread count, so the engine takes it only under ``deterministic=False``; it is also the
-yardstick for what determinism costs.
+(``dispatch.py``). Results may depend on the batch, the chunking and the thread count, so the engine
+takes it only under ``deterministic=False``; it is also the yardstick for what determinism costs.
 """
 
 from __future__ import annotations

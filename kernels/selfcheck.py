@@ -16,6 +16,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .attention import write_kv
 from .kernel_set import Draw, KernelSet, Linear, QkNorm
 from .linear import PANEL, NativeLinear
 from .rope import rope_table
@@ -155,8 +156,8 @@ def check_attention(
         .to(device, dtype)
     )
     v = _outliers(length, num_kv_heads * head_dim).view(k.shape).to(device, dtype)
-    kernels.write_kv(k, v, k_cache, v_cache, slots.flatten()[:length])
-    kernels.write_kv(k[:70], v[:70], k_cache, v_cache, neighbour.flatten()[:70])
+    write_kv(k, v, k_cache, v_cache, slots.flatten()[:length])
+    write_kv(k[:70], v[:70], k_cache, v_cache, neighbour.flatten()[:70])
 
     def attend(parts: Sequence[tuple[int, int, int]]) -> list[Tensor]:
         """parts: (sequence, first position, end) -> the rows of each."""

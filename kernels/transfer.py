@@ -60,4 +60,4 @@ class HostCopy:
         """The copy; waits until it is there."""
         if self._done is not None:
             self._done.synchronize()
-        return self._copy.cpu()
+        return self._copy

@@ -39,7 +39,7 @@ def unavailable_reason(device: torch.device) -> str | None:
             f"'triton>={OLDEST_TRITON}'"
         )
     if device.type == "cpu":
-        if os.environ.get("TRITON_INTERPRET") == "1":
+        if interpreted():
             return None
         return (
             "it runs on CUDA devices; on the CPU only in Triton's interpreter, TRITON_INTERPRET=1"

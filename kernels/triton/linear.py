@@ -40,6 +40,10 @@ class TritonLinear:
         self.out_features, self.in_features = weight.shape
         self._weight = aligned(weight.detach())
 
+    @property
+    def on_gpu(self) -> bool:
+        return self._weight.is_cuda
+
     def __call__(self, x: Tensor) -> Tensor:
         return self._product(x, self._weight.dtype).to(x.dtype)
 
@@ -87,6 +91,6 @@ def prepare(layers: Iterable[Linear], head: Linear, most_rows: int, most_logits:
 
 
 def _tune(linear: Linear, rows: int, *, accumulators: bool) -> None:
-    """One that somebody put in a linear's place has nothing to choose."""
-    if isinstance(linear, TritonLinear):
+    """Off the GPU there is nothing to choose, nor for what somebody put in a linear's place."""
+    if isinstance(linear, TritonLinear) and linear.on_gpu:
         linear.tune(rows, accumulators=accumulators)

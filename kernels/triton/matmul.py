@@ -3,7 +3,7 @@
 Contract: one fp32 accumulator per output, from zero, walks K in ascending order; inside one
 tensor-core instruction the hardware's own order holds. K is never split, and what a tile's size is
 changes no bit: the tail of K is filled with zeros. fp32 inputs are multiplied in fp32, not TF32.
-Which operand of a product a tile of W is changes none either, nor how tiles are loaded.
+Which operand of a product a tile of W is changes none either.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ import torch
 import triton
 from torch import Tensor
 
+from .launch import hopper
+
 KV_TILE = 64
 NEAR_SPLIT = 256
 NEAR_END = 4096
@@ -110,15 +112,16 @@ def default_tiling(
     return Tiling(prefill=launch, hopper=hopper, decode=first(decode))
 
 
-def hopper_fits(device: torch.device, itemsize: int, head_dim: int, page_size: int) -> bool:
-    """Whether ``prefill_hopper.py`` can compute the prefills; otherwise ``prefill.py`` does.
+def in_gluon() -> bool:
+    """Whether this Triton compiles ``prefill_hopper.py``: Gluon's names change with its version."""
+    return (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
 
-    It is written in Gluon, whose names change with Triton's version; those listed compile it.
-    """
+
+def hopper_fits(device: torch.device, itemsize: int, head_dim: int, page_size: int) -> bool:
+    """Whether ``prefill_hopper.py`` can compute the prefills; otherwise ``prefill.py`` does."""
     return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) == (9, 0)
-        and (3, 6) <= tuple(map(int, triton.__version__.split(".")[:2])) <= (3, 9)
+        hopper(device)
+        and in_gluon()
         and itemsize == 2
         and head_dim in HOPPER_PREFILL
         and page_size % 8 == 0

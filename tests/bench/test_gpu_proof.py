@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Lock
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -65,21 +67,31 @@ def test_a_file_keeps_what_other_runs_left(script: ModuleType, tmp_path: Path) -
     assert [(e["name"], e["seconds"]) for e in found] == [(names[0], 1), (names[1], 2)]
 
 
-def test_large_ones_run_in_turn_and_memory_is_not_exceeded(script: ModuleType) -> None:
+def test_large_ones_run_in_turn_and_memory_is_not_exceeded(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     running: dict[str, float] = {}
-    most: list[float] = []
+    seen: list[list[float]] = []
+    lock = Lock()
 
     def work(configuration: Any) -> dict[str, Any]:
-        running[configuration.name] = configuration.memory
-        held = list(running.values())
-        most.append(sum(held))
-        assert sum(memory > script._LARGE for memory in held) <= 1
-        del running[configuration.name]
+        with lock:
+            running[configuration.name] = configuration.memory
+            seen.append(list(running.values()))
+        time.sleep(0.02)
+        with lock:
+            del running[configuration.name]
         return {"name": configuration.name}
 
     found = script.side_by_side(script.TABLE, work, 131.0, 4)
     assert sorted(e["name"] for e in found) == sorted(c.name for c in script.TABLE)
-    assert max(most) <= 131
+    assert max(map(sum, seen)) <= 131
+    assert max(map(len, seen)) > 1
+    assert all(sum(memory > script._LARGE for memory in held) <= 1 for held in seen)
+    seen.clear()
+    monkeypatch.setattr(script.Room, "take", lambda self, amount: None)  # the negative control
+    script.side_by_side(script.TABLE, work, 90.0, 4)
+    assert max(map(sum, seen)) > 90
 
 
 def test_a_run_on_the_cpu(

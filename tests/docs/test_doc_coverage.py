@@ -173,12 +173,11 @@ def test_a_proof_of_another_declaration_is_refused(
         generator.matrix()
 
 
-def test_a_recorded_proof_becomes_a_table_and_a_missing_one_a_sentence(
+def test_a_recorded_proof_becomes_a_table(
     generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "proof.json"
     monkeypatch.setattr(sys.modules["recorded"], "GPU_PROOF", path)
-    assert generator.gpu_proof() == "No run is recorded yet.\n"
     entry = {
         "model": "m",
         "page_size": 16,

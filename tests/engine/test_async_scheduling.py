@@ -123,7 +123,7 @@ def test_a_stop_is_found_one_step_late_and_trimmed(
     assert seen.count("read") == place + 1
 
 
-def test_a_processor_sees_every_token(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_sees_every_token(small_folder: Path) -> None:
     """Its next token depends on the host, so the engine waits; its neighbours' bits stay."""
     lengths: list[int] = []
 

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from isobit import LLM, SamplingParams
+from isobit.kernels.triton.linear import chooser
 from isobit.models.registry import load_model_config
 from isobit.models.shapes import SHAPES
 from isobit.models.weights import random_weights
@@ -128,9 +129,13 @@ def every_parameter(count: int) -> list[SamplingParams]:
 def test_a_launch_never_waits_for_the_device(
     cuda_graph: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Torch raises where a call would; the first round chooses the linears, which does wait."""
+    """Torch raises where a call would. The first round, in which kernels are compiled and pinned
+    memory is taken, is not watched; but no product is chosen in it."""
     with LLM("tiny-qwen3", dtype="bfloat16", **PLAIN | {"cuda_graph": cuda_graph}) as llm:
+        products = chooser(llm.engine.runner.decoder.embed_tokens.device)
+        chosen = set(products._chosen)
         expected = llm.generate(prompts(40), every_parameter(40), use_tqdm=False)
+        assert set(products._chosen) == chosen
         llm.flush_cache()
         launch = llm.engine.runner.launch
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from isobit.kernels.attention import write_kv
 from isobit.kernels.kernel_set import KernelSet
 from isobit.kernels.native import library
 
@@ -67,7 +68,7 @@ def paged(
         own = order[sum(pages[:b]) : sum(pages[: b + 1])]
         table[b, : pages[b]] = own
         slots = (own.long()[:, None] * page_size + torch.arange(page_size)).flatten()[:length]
-        kernels.write_kv(k[b], v[b], k_cache, v_cache, slots)
+        write_kv(k[b], v[b], k_cache, v_cache, slots)
     return Paged(kernels, q, k, v, k_cache, v_cache, table)
 
 

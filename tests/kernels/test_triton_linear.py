@@ -206,6 +206,7 @@ def test_everything_that_may_come_is_chosen_ahead(monkeypatch: pytest.MonkeyPatc
         chosen.append((self.out_features, self.in_features, rows, accumulators))
 
     monkeypatch.setattr(TritonLinear, "tune", tune)
+    monkeypatch.setattr(TritonLinear, "on_gpu", True)
     weights = [weight_of(8, 16, torch.bfloat16), weight_of(8, 32, torch.bfloat16)]
     layers = [TritonLinear(weight) for weight in weights * 3]
     linears.prepare(layers, TritonLinear(weight_of(40, 16, torch.bfloat16)), 5000, 20)

@@ -41,6 +41,15 @@ def test_the_splits_that_one_program_walks_change_no_bit(
             assert_same_bits(a, b, serial)
 
 
+def test_other_splits_are_other_bits(served, small, assert_same_bits):
+    """The negative control of what is compared here."""
+    parts = [(0, 149, 150)]
+    (expected,) = served([150], tiling=small).attend(parts, 1)
+    (other,) = served([150], tiling=replace(small, near_split=128)).attend(parts, 1)
+    with pytest.raises(AssertionError):
+        assert_same_bits(other, expected)
+
+
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the padding's queries
 @pytest.mark.parametrize("variant", [{}, {"window": 40}])
 def test_the_grid_of_a_graph_changes_no_bit(variant, served, assert_same_bits):
