@@ -86,6 +86,18 @@ def check_admissible(request: Request, config: SchedulerConfig, pool: PagePool) 
         )
 
 
+def check_budget(token_budget: int) -> None:
+    """Check the most tokens of one step.
+
+    :raises ConfigError: it is none.
+    """
+    if not isinstance(token_budget, int) or token_budget < 1:
+        raise ConfigError(
+            f"token_budget was {token_budget!r}; wanted a whole number of at least 1. Leave it out "
+            "for max_num_batched_tokens."
+        )
+
+
 def check_prompt(prompt_token_ids: Sequence[int], vocab_size: int) -> None:
     """Check that a prompt is made of token ids.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -84,3 +85,11 @@ def describe_device(device: torch.device) -> str:
 def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Within the block it is torch's current device: Triton launches there, whatever the thread."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def stream_of(device: torch.device) -> Callable[[], AbstractContextManager[object]]:
+    """Makes blocks in which work goes to the stream that is the device's current one now."""
+    if device.type != "cuda":
+        return nullcontext
+    stream = torch.cuda.current_stream(device)
+    return lambda: torch.cuda.stream(stream)

@@ -12,14 +12,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from ..errors import ConfigError, EngineError, LogitsProcessorError, RequestError
+from ..errors import EngineError, LogitsProcessorError, RequestError
 from ..sampling.detokenizer import Detokenizer
 from ..sampling.params import SamplingParams
 from ..sampling.rows import needs_tokens
 from ..sampling.sampler import SampledRow
 from ..sampling.stopping import Finish, FinishReason
 from ..sampling.token_counts import TokenCounts, has_penalties
-from .admission import check_prompt
+from .admission import check_budget, check_prompt
 from .launched import Launched, SeqResult
 from .outputs import RequestOutput, StreamChunk
 from .progress import Choice, Group
@@ -52,6 +52,7 @@ class Engine:
         self.drops = 0  # how often requests went without being finished
         self._groups: dict[str, Group] = {}
         self._under_way: deque[Launched] = deque()  # oldest first
+        self._ready: list[StreamChunk] = []  # recorded; given out when nothing can interrupt
         self._changing = False  # whether the scheduler's state is in the middle of a change
 
     @property
@@ -75,7 +76,7 @@ class Engine:
         """
         if not isinstance(request_id, str):
             raise RequestError(f"request id {request_id!r} was given; wanted a string. Pass one.")
-        if request_id in self._groups:
+        if self.is_unfinished(request_id):
             raise RequestError(
                 f"request id {request_id!r} is in use. Pass another, or abort that request first."
             )
@@ -135,14 +136,18 @@ class Engine:
                 "step() was called while a step runs: within a logits processor, or from a second "
                 "thread. Use one thread, or AsyncLLM."
             )
+        if token_budget is not None:
+            check_budget(token_budget)
         self.stepping = True
         try:
-            return self._step(token_budget)
+            self._step(token_budget)
         except BaseException as error:
             self._recover(error)
             raise
         finally:
             self.stepping = False
+        chunks, self._ready = self._ready, []
+        return chunks
 
     def preempt(self, request_id: str) -> int:
         """Evict a request's running choices, to be recomputed; how many there were."""
@@ -178,11 +183,12 @@ class Engine:
         )
 
     def has_unfinished(self) -> bool:
-        return bool(self._groups)
+        return bool(self._groups or self._ready)
 
     def is_unfinished(self, request_id: str) -> bool:
         """Whether a request is on its way; False where it is unknown."""
-        return request_id in self._groups
+        ready = any(chunk.request_id == request_id for chunk in self._ready)
+        return ready or request_id in self._groups
 
     def unfinished_ids(self) -> list[str]:
         """Ids of the requests on their way, oldest first."""
@@ -198,32 +204,30 @@ class Engine:
             raise
         self._groups[group.request_id] = group
 
-    def _step(self, token_budget: int | None) -> list[StreamChunk]:
+    def _step(self, token_budget: int | None) -> None:
         if self._under_way and self._wants_tokens():
-            return self._collect()
+            self._collect()
+            return
         with self._change():
             step = self.scheduler.schedule(token_budget)
         if step.seqs:
             self._under_way.append(self.runner.launch(step))
-        chunks: list[StreamChunk] = []
         while len(self._under_way) > (self.scheduler.config.steps_ahead if step.seqs else 0):
-            chunks += self._collect()
-        return chunks
+            self._collect()
 
     def _wants_tokens(self) -> bool:
         """Whether a running request's next token depends on what only the host can compute."""
         return any(needs_tokens(request.params) for request in self.scheduler.running)
 
-    def _collect(self) -> list[StreamChunk]:
+    def _collect(self) -> None:
         """Wait for the oldest step under way and record it."""
         launched = self._under_way[0]
         results = self.runner.read(launched)
         with self._change():
             self._under_way.popleft()
-            chunks = self._record(launched.step, results)
+            self._ready += self._record(launched.step, results)
         if not self._groups:  # what is left under way is for nobody
             self._forget()
-        return chunks
 
     def _record(self, step: Step, results: list[SeqResult]) -> list[StreamChunk]:
         tokens = [result.sampled.token_id for result in results if result.sampled is not None]
@@ -244,24 +248,22 @@ class Engine:
 
     @contextmanager
     def _change(self) -> Iterator[None]:
-        """What raises in here leaves the scheduler's state half changed, a ConfigError apart."""
+        """What raises in here leaves the scheduler's state half changed."""
         self._changing = True
-        try:
-            yield
-        except ConfigError:  # a wrong token_budget: nothing was begun
-            self._changing = False
-            raise
+        yield
         self._changing = False
 
     def _recover(self, error: BaseException) -> None:
         """Make the engine usable after an error in ``step``."""
         if self._changing:
+            finished = {chunk.request_id for chunk in self._ready if chunk.output is not None}
+            self._ready = [chunk for chunk in self._ready if chunk.request_id in finished]
             self._groups.clear()
             self.drops += 1
             self.scheduler.reset()
             self._under_way.clear()
             self._changing = False
-        elif not isinstance(error, ConfigError):
+        else:
             self._forget()
         if isinstance(error, LogitsProcessorError):
             self.abort(error.request_id)

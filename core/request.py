@@ -102,6 +102,11 @@ class Request:
         enough = most is not None and self.num_output_tokens >= most
         return enough or self.num_tokens >= max_model_len
 
+    def recount(self) -> None:
+        """Count the tokens for penalties from the start."""
+        if self.token_counts is not None:
+            self.token_counts = TokenCounts(self.params, self.prompt_token_ids)
+
     def token_slice(self, start: int, stop: int) -> list[int]:
         """Tokens ``start … stop - 1`` of prompt and output together, as far as they are known."""
         prompt = len(self.prompt_token_ids)

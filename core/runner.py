@@ -20,7 +20,7 @@ from ..kernels.transfer import to_device
 from ..models.decoder import Attend, Decoder, WrittenAttention
 from ..sampling.sampled import Sampled
 from ..sampling.sampler import SamplingRow, sample, score_prompt
-from .devices import current_device
+from .devices import current_device, stream_of
 from .graphs import DecodeGraphs
 from .launched import Launched, Scored, SeqResult
 from .packing import pack
@@ -71,6 +71,8 @@ class Runner:
         self.observer: Observer | None = None
         self.graphs: DecodeGraphs | None = None
         self._last: Launched | None = None
+        # Steps follow one another on one stream, whichever is the caller's current one.
+        self._on_stream = stream_of(self.device)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> Launched:
@@ -83,7 +85,7 @@ class Runner:
         :raises LogitsProcessorError: a request's own processor failed.
         :raises DeviceMemoryError: the GPU's memory ran out.
         """
-        with current_device(self.device), explained_step(step):
+        with current_device(self.device), self._on_stream(), explained_step(step):
             batch = self.prepare(step.seqs)
             owners = _row_owners(step.seqs) if self.observer else []
             hidden = self.forward(batch, owners)
@@ -93,15 +95,20 @@ class Runner:
     def read(self, launched: Launched) -> list[SeqResult]:
         """What a step found out, for each of its ``seqs``, in order; waits for the device.
 
+        What it found for a sequence that no longer counts means nothing.
+
         :raises EngineError: logits that are not usable, or no possible token.
         """
         seqs = launched.step.seqs
         results = [SeqResult() for _ in seqs]
         for scored in launched.scored:
-            results[scored.index].prompt_rows.update(enumerate(scored.rows.read(), scored.position))
+            if seqs[scored.index].counts:
+                rows = enumerate(scored.rows.read(), scored.position)
+                results[scored.index].prompt_rows.update(rows)
         if launched.sampled is not None:
-            sampling = [result for result, s in zip(results, seqs, strict=True) if s.samples]
-            for result, row in zip(sampling, launched.sampled.read(), strict=True):
+            sampling = [(r, s) for r, s in zip(results, seqs, strict=True) if s.samples]
+            sampled = launched.sampled.read([seq.counts for _, seq in sampling])
+            for (result, _), row in zip(sampling, sampled, strict=True):
                 result.sampled = row
         return results
 

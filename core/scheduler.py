@@ -19,9 +19,9 @@ from heapq import heappop, heappush
 
 from ..cache.pages import PagePool
 from ..cache.radix import RadixCache
-from ..errors import ConfigError, EngineError, RequestError
+from ..errors import EngineError, RequestError
 from ..sampling.stopping import FinishReason
-from .admission import SchedulerConfig, check_admissible
+from .admission import SchedulerConfig, check_admissible, check_budget
 from .paging import Paging
 from .request import Request, RequestStatus
 from .stats import SchedulerStats
@@ -100,11 +100,7 @@ class Scheduler:
                 f"way, and steps_ahead is {self.config.steps_ahead}"
             )
         budget = self.config.max_num_batched_tokens if token_budget is None else token_budget
-        if not isinstance(budget, int) or budget < 1:
-            raise ConfigError(
-                f"token_budget was {budget!r}; wanted a whole number of at least 1. Leave it out "
-                "for max_num_batched_tokens."
-            )
+        check_budget(budget)
         step = Step()
         # A cut prefill lets nobody in: their decoding would eat the budget of its next chunks.
         if self._schedule_running(step, budget):
@@ -146,12 +142,14 @@ class Scheduler:
     def cancel(self) -> None:
         """Forget the steps under way: their requests wait, in order, to be recomputed.
 
-        Whatever the steps wrote lies in pages that nobody counts as computed.
+        Whatever the steps wrote lies in pages that nobody counts as computed. A step may have been
+        interrupted while it counted tokens for penalties, so they are counted anew.
         """
         for step in self._under_way:
             for seq in step.seqs:
                 if seq.counts:
                     self.preempt(seq.request)
+                    seq.request.recount()
         self._under_way.clear()
 
     def reset(self) -> None:
@@ -242,8 +240,14 @@ class Scheduler:
         return all_served
 
     def _make_room(self, request: Request, num_tokens: int, step: Step) -> bool:
-        """Grow a request's pages, preempting the youngest; False where it was itself that."""
+        """Grow a request's pages, preempting the youngest; False where it was itself that.
+
+        Nobody is preempted where a request is through: it gives its pages back when it is read.
+        """
+        longest = self.config.max_model_len
         while not self._paging.grow(request, num_tokens):
+            if any(other.is_through(longest) for other in self.running):
+                return False
             if len(self.running) == 1:
                 raise EngineError(f"{request.request_id} runs alone and cannot get a page")
             victim = self.running[-1]

@@ -46,16 +46,18 @@ class Sampled:
         # One copy to the host: fp64 holds every id and every fp32 number as it is.
         self._copy = HostCopy(torch.cat([part.double().flatten() for part in parts]))
 
-    def read(self) -> list[SampledRow]:
+    def read(self, wanted: Sequence[bool] | None = None) -> list[SampledRow]:
         """One row's token each, in order. The host waits for the device here, and only here.
 
+        :param wanted: which rows matter to anybody; None for all. The others are not judged, and
+            what is read of them means nothing.
         :raises EngineError: where a row holds NaN or +inf, or no possible token.
         """
         flat = torch.split(self._copy.read(), [shape.numel() for shape in self._shapes])
         parts = [part.view(shape) for part, shape in zip(flat, self._shapes, strict=True)]
         highest, scores, token_ids, logprobs, *ranked = parts
-        refuse_unusable(highest)
-        _refuse_impossible(scores)
+        refuse_unusable(highest, wanted)
+        _refuse_impossible(scores, wanted)
         rows = [
             SampledRow(token_id, logprob, None, ())
             for token_id, logprob in zip(token_ids.long().tolist(), logprobs.tolist(), strict=True)
@@ -69,22 +71,22 @@ class Sampled:
         return rows
 
 
-def refuse_unusable(highest: Tensor) -> None:
+def refuse_unusable(highest: Tensor, wanted: Sequence[bool] | None = None) -> None:
     """Raise where one of the rows' maxima ``[R]`` shows NaN or +inf; waits for the device.
 
     :raises EngineError: naming the row.
     """
     for i, value in enumerate(highest.tolist()):
-        if not isfinite(value):
+        if not isfinite(value) and (wanted is None or wanted[i]):
             raise EngineError(
                 f"Row {i} of the logits is not usable: wanted finite values (or -inf for "
                 f"impossible tokens), its maximum is {value}. The model or its weights produced it."
             )
 
 
-def _refuse_impossible(best: Tensor) -> None:
+def _refuse_impossible(best: Tensor, wanted: Sequence[bool] | None) -> None:
     for i, score in enumerate(best.tolist()):
-        if not isfinite(score):
+        if not isfinite(score) and (wanted is None or wanted[i]):
             raise EngineError(
                 f"Row {i} leaves no token to choose: its best score is {score}. Either "
                 "min_tokens rules out the whole vocabulary, or the logits overflowed."

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from isobit import LLM, RequestOutput, SamplingParams
-from isobit.errors import BackendError, DeviceMemoryError, EngineError
+from isobit.core.engine import Engine
+from isobit.errors import BackendError, ConfigError, DeviceMemoryError, EngineError
+from isobit.sampling.token_counts import TokenCounts
 from isobit.verify.transcript import Transcript, transcripts
 
 PROMPTS = [[1, 2, 3], list(range(40, 140)), [9] * 33]
@@ -218,3 +220,75 @@ def test_bits_would_differ_if_a_row_did(llm: LLM, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(backend, "run_written", wrong)
     assert bits(llm.generate(PROMPTS, PARAMS)) != expected
+
+
+def test_counts_that_were_interrupted_are_made_anew(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the middle of counting tokens for penalties."""
+    params = SamplingParams(
+        temperature=1, seed=4, max_tokens=12, ignore_eos=True, logprobs=2, frequency_penalty=1.5
+    )
+    expected = bits(llm.generate([[1, 2, 3]], params))
+    llm.flush_cache()
+    request_id = llm.add_request([1, 2, 3], params)
+    for _ in range(5):
+        llm.step()
+    update = TokenCounts.update
+
+    def interrupted(self: TokenCounts, output_token_ids: Sequence[int]) -> None:
+        update(self, [*output_token_ids, 9, 9])  # counted, and not noted as counted
+        self._num_counted -= 2
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenCounts, "update", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.step()
+    last = None
+    while llm.has_unfinished_requests():
+        last = ([c.output for c in llm.step()] or [last])[-1]
+    assert last is not None
+    assert last.request_id == request_id
+    assert bits([last]) == expected
+
+
+@pytest.mark.parametrize("where", ["launch", "read"])
+def test_a_configuration_error_in_a_step_is_no_wrong_budget(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    expected = bits(llm.generate(PROMPTS, PARAMS))
+    llm.flush_cache()
+    with monkeypatch.context() as patch:
+        raise_at(patch, *target(llm, where), 3, ConfigError("cannot write the cache"))
+        with pytest.raises(ConfigError, match="cannot write"):
+            llm.generate(PROMPTS, PARAMS)
+    llm.engine.scheduler.check_integrity()
+    assert bits(llm.generate(PROMPTS, PARAMS)) == expected
+
+
+def drain(engine: Engine, tokens: list[int]) -> None:
+    while engine.has_unfinished():
+        tokens += [t for chunk in engine.step() for t in chunk.token_ids]
+
+
+def test_chunks_that_were_recorded_are_not_lost(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after a request's end was recorded and before its last chunk was given out."""
+    params = SamplingParams(max_tokens=3, ignore_eos=True)
+    (expected,) = llm.generate([[1, 2, 3]], params)
+    engine = llm.engine
+    engine.add_request("mine", [1, 2, 3], params)
+    forget = engine._forget
+    tokens: list[int] = []
+    with monkeypatch.context() as patch:
+        raise_at(patch, engine, "_forget", 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            drain(engine, tokens)
+    assert engine.has_unfinished()
+    assert engine.is_unfinished("mine")
+    forget()
+    chunks = engine.step()
+    tokens += [t for chunk in chunks for t in chunk.token_ids]
+    assert tuple(tokens) == expected.outputs[0].token_ids
+    assert chunks[-1].output is not None
+    assert not engine.has_unfinished()

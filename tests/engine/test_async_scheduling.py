@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from isobit import LLM, SamplingParams
 from isobit.backends.base import Batch
 from isobit.core.scheduler import ScheduledSeq
+from isobit.errors import EngineError
 from isobit.verify.transcript import Transcript, transcripts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -165,3 +167,50 @@ def test_a_switch_turns_it_off_and_the_report_says_so(small_folder: Path) -> Non
             rows = {item: choice for item, choice, _ in llm.report.rows}
             assert rows["steps"] == said
             assert llm.engine.scheduler.config.steps_ahead == ahead
+
+
+def breaks_after(llm: LLM, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model gives NaN wherever it has just read a token."""
+    runner = llm.engine.runner
+    forward = runner.forward
+
+    def broken(batch: Batch, owners: Any) -> Tensor:
+        hidden = forward(batch, owners)
+        return torch.where((batch.token_ids == token)[:, None], torch.nan, hidden)
+
+    monkeypatch.setattr(runner, "forward", broken)
+
+
+def test_a_row_that_counts_for_nothing_harms_nobody(
+    small_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request stops; its row in the next step gives NaN. Its neighbour goes on."""
+    free = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=1, seed=3)
+    with start(small_folder, ahead=True) as llm:
+        stopped, neighbour = llm.generate([[5, 6], [7, 8]], free, use_tqdm=False)
+        tokens, others = stopped.outputs[0].token_ids, neighbour.outputs[0].token_ids
+        place = next(i for i in range(3, 12) if tokens[i] not in {*tokens[:i], *others})
+        breaks_after(llm, tokens[place], monkeypatch)
+        stopping = SamplingParams(max_tokens=12, logprobs=1, seed=3, stop_token_ids=[tokens[place]])
+        llm.flush_cache()
+        cut, same = llm.generate([[5, 6], [7, 8]], [stopping, free], use_tqdm=False)
+        assert cut.outputs[0].token_ids == tokens[: place + 1]
+        assert transcripts(same) == transcripts(neighbour)
+        llm.flush_cache()
+        with pytest.raises(EngineError, match="not usable"):  # where it does count
+            llm.generate([[5, 6], [7, 8]], free, use_tqdm=False)
+
+
+def test_nobody_is_preempted_for_pages_that_come_back(small_folder: Path) -> None:
+    """Pages for two requests: the one that ends gives its own back in the very same call."""
+    options: dict[str, Any] = {"page_size": 1, "radix_cache": False}
+    with LLM(
+        str(small_folder),
+        max_model_len=12,
+        kv_cache_memory=13 * 256,
+        async_scheduling=True,
+        **options,
+    ) as llm:
+        params = [SamplingParams(max_tokens=n, ignore_eos=True) for n in (4, 8)]
+        llm.generate([[5, 6, 7], [8, 9, 3, 4]], params, use_tqdm=False)
+        assert llm.stats().preemptions == 0
