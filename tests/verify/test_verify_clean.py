@@ -51,8 +51,10 @@ def test_random_models(shape: str, dtype: str, kernels: str, threads: int) -> No
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_smollm2_command(threads: int) -> None:
-    """The command that the README shows, on the real model."""
+def test_smollm2_command(threads: int, request: pytest.FixtureRequest) -> None:
+    """The command that the README shows, on the real model; with one thread only if asked."""
+    if threads == 1 and not request.config.getoption("--long"):
+        pytest.skip("takes a minute; pass --long")
     command = ["verify", "--quick", "--json", "--threads", str(threads)]
     done = subprocess.run(
         [sys.executable, "-m", "isobit.cli.main", *command],

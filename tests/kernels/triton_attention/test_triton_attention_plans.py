@@ -22,8 +22,10 @@ from isobit.kernels.triton.tiling import (
 )
 
 
-@pytest.mark.parametrize("variant", [{}, {"window": 40}, {"window": 100, "cap": 3.0}])
-@pytest.mark.parametrize("programs", [1, 1 << 12])
+@pytest.mark.parametrize(
+    ("variant", "programs"),
+    [({}, 1), ({}, 1 << 12), ({"window": 40}, 1), ({"window": 100, "cap": 3.0}, 1 << 12)],
+)
 def test_the_splits_that_one_program_walks_change_no_bit(
     variant, programs, served, small, assert_same_bits
 ):
