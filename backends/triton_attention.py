@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..kernels.transfer import to_device
 from ..kernels.triton.decode import Partials, allocate_room, attend_decode, partial_slots
 from ..kernels.triton.prefill import attend_prefill, prefill_work
 from ..kernels.triton.tiling import Scoring, Tiling, default_tiling, hopper_fits
@@ -147,9 +148,7 @@ class TritonAttention(AttentionBackend):
             c.num_q_heads // c.num_kv_heads,
             self._tiling.prefill.rows,
         )
-        # Torch reuses pinned memory only once the copies that read it are done.
-        on_host = torch.tensor(work, dtype=torch.int32, pin_memory=c.device.type == "cuda")
-        return on_host.to(c.device, non_blocking=True)
+        return to_device(work, torch.int32, c.device)
 
 
 def _shared_memory(device: torch.device) -> int:

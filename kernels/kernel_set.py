@@ -41,7 +41,6 @@ RopeQkv = Callable[[Tensor, int, int, QkNorm | None, Tensor, Tensor], tuple[Tens
 RopeQkvWrite = Callable[
     [Tensor, int, int, QkNorm | None, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor
 ]
-WriteKv = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

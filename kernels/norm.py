@@ -4,7 +4,8 @@ In fp32 ``x * (1 / sqrt(sum(x^2) / H + eps))``, rounded to x.dtype, times the we
 
 Contract (native): ``x[i]^2`` goes by fma into lane ``i mod 16``, i ascending; the 16 lanes are
 added in halves (0+8, 1+9, …, then 0+4, …). Contract (torch): the squares are added as
-``elementary.tree_sum`` does. Square root and divisions are IEEE in both.
+``elementary.tree_sum`` does. Divisions are IEEE in both, and so is the native square root; torch's
+on a CPU is its library's, which may be an ulp off.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .kernel_set import QkNorm, RopeQkv, RopeQkvWrite, WriteKv
+from .attention import write_kv
+from .kernel_set import QkNorm, RopeQkv, RopeQkvWrite
 from .native.library import library
 
 
@@ -93,8 +94,8 @@ def split_norm_rope(
     return rope_qkv
 
 
-def rope_then_write(rope_qkv: RopeQkv, write_kv: WriteKv) -> RopeQkvWrite:
-    """``rope_qkv_write`` out of a provider's own two steps."""
+def rope_then_write(rope_qkv: RopeQkv) -> RopeQkvWrite:
+    """``rope_qkv_write`` out of a provider's ``rope_qkv`` and the write that all share."""
 
     def rope_qkv_write(
         qkv: Tensor,

@@ -13,7 +13,7 @@ _ALIGNMENT = 256  # bytes
 
 
 def to_device(
-    values: Sequence[float] | NDArray[Any],
+    values: Sequence[float] | Sequence[Sequence[int]] | NDArray[Any],
     dtype: torch.dtype,
     device: torch.device,
 ) -> Tensor:
