@@ -111,7 +111,7 @@ def test_timing_changes_neither_the_bits_nor_the_engine(llm: LLM) -> None:
 def test_time_is_put_down_to_the_one_who_took_it(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, owner: str, method: str, is_host: bool
 ) -> None:
-    nap = 0.02
+    nap = 0.15  # well above what a loaded machine adds to a step
     target = getattr(llm.engine, owner)
     original = getattr(target, method)
 
