@@ -105,18 +105,22 @@ def recording(device: torch.device, pool: Any = None) -> Iterator[Recording]:
         yield found
 
 
-@functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of all captures: a pool's memory is reused only on the stream that it was taken on."""
+    """One for all captures: a pool's memory is reused only on the stream that it was taken on."""
+    return _new_stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _new_stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 @contextmanager
 def _capturing(device: torch.device) -> Iterator[None]:
-    collecting = gc.isenabled()
-    gc.disable()  # an older graph that is collected during a capture would end it
     torch.cuda.empty_cache()  # during a capture the allocator cannot give its stock back
     state = torch.cuda.get_rng_state()
+    collecting = gc.isenabled()
+    gc.disable()  # an older graph that is collected during a capture would end it
     try:
         with torch.cuda.stream(_side_stream(device)):
             yield
