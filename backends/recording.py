@@ -7,8 +7,10 @@ is written in torch can be judged for ``cuda_graph`` on a machine without a GPU.
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -28,12 +30,46 @@ class Recorded(Protocol):
     def replay(self) -> None: ...
 
 
+class _Piece(Recorded, Protocol):
+    def begin(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+class Recording:
+    """Work that is being recorded; ``pieces`` has what was recorded up to the last cut."""
+
+    def __init__(self, new_piece: Callable[[], _Piece]) -> None:
+        self.pieces: list[Recorded] = []
+        self._new_piece = new_piece
+
+    def cut(self) -> None:
+        """End a piece and begin the next; a tensor of the one may be used in the other."""
+        self._end()
+        self._begin()
+
+    def __enter__(self) -> Recording:
+        self._begin()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+
+    def _begin(self) -> None:
+        self._piece = self._new_piece()
+        self._piece.begin()
+
+    def _end(self) -> None:
+        self._piece.end()
+        self.pieces.append(self._piece)
+
+
 def warm_up(work: Callable[[], None], device: torch.device) -> None:
     """Run ``work`` as a capture will find it: on a CUDA device beside the current stream."""
     if device.type != "cuda":
         work()
         return
-    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         work()
@@ -46,29 +82,48 @@ def memory_pool(device: torch.device) -> Any:
 
 
 def record(work: Callable[[], None], device: torch.device, pool: Any = None) -> Recorded:
-    """Record ``work``, which has run before on the same tensors.
+    """Record ``work`` in one piece; as ``recording``."""
+    with recording(device, pool) as found:
+        work()
+    return found.pieces[0]
+
+
+@contextmanager
+def recording(device: torch.device, pool: Any = None) -> Iterator[Recording]:
+    """Record the block's work, which has run before on the same tensors.
 
     :param pool: from ``memory_pool``; None takes memory for this recording alone.
     :raises BackendError: it waits for the device, or sizes a tensor by values.
     :raises torch.OutOfMemoryError: the device's memory ran out.
     """
-    if device.type == "cuda":
-        return _capture(work, pool)
-    tape = _Tape()
-    with tape:
-        work()
-    return tape
+    if device.type != "cuda":
+        with Recording(_Tape) as found:
+            yield found
+        return
+    shared = memory_pool(device) if pool is None else pool
+    with _capturing(device), Recording(lambda: _Graph(shared)) as found:
+        yield found
 
 
-def _capture(work: Callable[[], None], pool: Any) -> Recorded:
-    # An older graph that is collected during the capture would end it: collect it now.
-    gc.collect()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all captures: a pool's memory is reused only on the stream that it was taken on."""
+    return _new_stream(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _new_stream(device: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _capturing(device: torch.device) -> Iterator[None]:
+    torch.cuda.empty_cache()  # during a capture the allocator cannot give its stock back
     state = torch.cuda.get_rng_state()
+    collecting = gc.isenabled()
+    gc.disable()  # an older graph that is collected during a capture would end it
     try:
-        with torch.cuda.graph(graph, pool=pool):
-            work()
+        with torch.cuda.stream(_side_stream(device)):
+            yield
     except Exception as error:
         # A capture that fails leaves torch's generator in the middle of it: give it a new state.
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
@@ -81,7 +136,9 @@ def _capture(work: Callable[[], None], pool: Any) -> Recorded:
         raise BackendError(
             f"the work cannot be captured: {type(cause).__name__}: {first_line}"
         ) from error
-    return graph
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -91,12 +148,35 @@ def _first_cause(error: BaseException) -> BaseException:
     return error
 
 
+class _Graph:
+    """A CUDA graph of what the current stream is given."""
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._graph = torch.cuda.CUDAGraph()
+
+    def begin(self) -> None:
+        self._graph.capture_begin(pool=self._pool)
+
+    def end(self) -> None:
+        self._graph.capture_end()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
 class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Every operator call, with the tensors it had."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+
+    def begin(self) -> None:
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self) -> None:
+        self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

@@ -28,7 +28,7 @@ def steps_needed(steps: int) -> int:
 class StepReport:
     """A step's seconds without the profiler (the median), its floor, and its ops as rows.
 
-    ``replayed``: the timed steps came from a CUDA graph; the profiled ones never do.
+    ``replayed``: the timed steps came from CUDA graphs; the profiled ones never do.
     """
 
     seconds: float
@@ -77,7 +77,7 @@ def measure_step(
             run(steps)
         for shape in (*warm.shapes, *times.shapes):
             kind.check(shape)
-        with replaced(engine.runner, "graphs", None):
+        with replaced(engine.runner, "graphs", None), replaced(engine.runner, "pieces", None):
             profile = profile_steps(engine, lambda: run(steps + 1))
     finally:
         source.close()
@@ -94,8 +94,10 @@ def measure_step(
 
 
 def _replayed(engine: Engine, kind: StepKind) -> bool:
-    graphs = engine.runner.graphs
-    return graphs is not None and kind.decode and graphs.padding(kind.batch) is not None
+    graphs, pieces = engine.runner.graphs, engine.runner.pieces
+    if kind.decode:
+        return graphs is not None and graphs.padding(kind.batch) is not None
+    return pieces is not None and kind.batch * kind.tokens <= pieces.sizes[-1]
 
 
 def rows(profile: StepProfile, costs: dict[str, Cost], limits: Limits) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ _PLAIN = (
     "kv_cache_memory",
     "gpu_memory_utilization",
     "cuda_graph_max_bs",
+    "cuda_graph_max_tokens",
     "disable_plugins",
     "strict_plugins",
 )
@@ -103,6 +104,12 @@ def engine_options(function: F) -> F:
             default=256,
             show_default=True,
             help="Largest captured step, in requests.",
+        ),
+        click.option(
+            "--cuda-graph-max-tokens",
+            type=int,
+            default=None,
+            help="Largest step with a prefill that is replayed in pieces. Default: by the model.",
         ),
         click.option("--threads", type=int, default=None, help="CPU threads. Default: torch's."),
         plugin_options,

@@ -15,6 +15,7 @@ Toggle = bool | Literal["auto"]
 DEVICES = ("cpu", "cuda")
 """Device types that the engine runs on."""
 
+_LAUNCH_BOUND = 4 * 2**30  # bytes of weights below which launching a short prefill sets its time
 _MEMORY_UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -51,6 +52,10 @@ class EngineConfig:
         end is then found one step late, and the row too many is dropped. ``"auto"``: on CUDA.
     :param cuda_graph_max_bs: largest number of requests in a captured step; larger ones run as
         they do without graphs.
+    :param cuda_graph_max_tokens: largest step with a prefill, in tokens, that is replayed from
+        captured pieces between its attention calls; 0 turns that off. ``None`` takes 512 for a
+        model whose weights are below 4 GiB and 0 for a larger one, whose steps keep the device busy
+        for longer than the host takes to launch them.
     :param load_format: ``"auto"`` (safetensors) or ``"random"`` (from a config alone).
     :param load_seed: seed of random weights.
     :param kernels: ``"native"`` (CPU), ``"triton"`` (CUDA), ``"torch"``, ``"auto"``; or
@@ -79,6 +84,7 @@ class EngineConfig:
     cuda_graph: Toggle = "auto"
     async_scheduling: Toggle = "auto"
     cuda_graph_max_bs: int = 256
+    cuda_graph_max_tokens: int | None = None
     load_format: str = "auto"
     load_seed: int = 0
     kernels: str = "auto"
@@ -110,6 +116,8 @@ class EngineConfig:
             _in_range(name, getattr(self, name), low, high)
         if self.max_num_batched_tokens is not None:
             _in_range("max_num_batched_tokens", self.max_num_batched_tokens, 1, 2**20)
+        if self.cuda_graph_max_tokens is not None:
+            _in_range("cuda_graph_max_tokens", self.cuda_graph_max_tokens, 0, 2**20)
         if self.max_model_len is not None:
             _in_range("max_model_len", self.max_model_len, 2, 2**24)
         if self.kv_cache_memory is not None:
@@ -130,6 +138,13 @@ class EngineConfig:
         if self.max_num_batched_tokens is not None:
             return self.max_num_batched_tokens
         return 8192 if device == "cuda" else 2048
+
+    def graph_tokens(self, device: str, weight_bytes: int) -> int:
+        """``cuda_graph_max_tokens`` on a type of device, for a model of so many bytes."""
+        most = self.cuda_graph_max_tokens
+        if most is None:
+            most = 512 if weight_bytes < _LAUNCH_BOUND else 0
+        return min(most, self.token_budget(device))
 
     def steps_ahead(self, device: str) -> int:
         """How many steps may be under way when the next one is scheduled."""

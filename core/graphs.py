@@ -55,7 +55,7 @@ class DecodeGraphs:
         sizes: Sequence[int],
         hidden_size: int,
     ) -> None:
-        began, free = time.perf_counter(), _free_memory(backend.config.device)
+        began, free = time.perf_counter(), free_memory(backend.config.device)
         config = backend.config
         self._backend = backend
         self._device = config.device
@@ -80,7 +80,7 @@ class DecodeGraphs:
         self._hidden = zeros(config.dtype, most, hidden_size)
         self._graphs = self._capture(compute)
         self.seconds = time.perf_counter() - began
-        self.memory = free - _free_memory(config.device)
+        self.memory = free - free_memory(config.device)
 
     def padding(self, num_seqs: int) -> int | None:
         """Sequences that a decode step lacks to the next captured size; None where it is larger."""
@@ -140,7 +140,7 @@ class DecodeGraphs:
         )
 
 
-def _free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device) -> int:
     """Bytes that a GPU has left, what torch's allocator keeps in stock apart."""
     if device.type != "cuda":
         return 0

@@ -32,8 +32,8 @@ _REMEDIES = {
     KERNELS: "Choose a smaller model or dtype='bfloat16'",
     STEP: "Lower max_num_batched_tokens or max_num_seqs",
     KV_CACHE: "Lower kv_cache_memory or gpu_memory_utilization",
-    GRAPHS: "Lower cuda_graph_max_bs, max_model_len, gpu_memory_utilization or kv_cache_memory, or "
-    "pass cuda_graph=False",
+    GRAPHS: "Lower cuda_graph_max_bs, cuda_graph_max_tokens, max_model_len, "
+    "gpu_memory_utilization or kv_cache_memory, or pass cuda_graph=False",
 }
 
 

@@ -18,6 +18,7 @@ from .graphs import DecodeGraphs
 from .kernel_choice import KernelChoice
 from .memory import DeviceMemory
 from .phases import WEIGHTS
+from .pieces import PiecewiseGraphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +155,14 @@ def graphs_row(graphs: DecodeGraphs) -> tuple[str, str, str]:
     count, most = len(graphs.sizes), graphs.sizes[-1]
     took = f"{graphs.seconds:.1f} s, {_gib(graphs.memory)} GiB"
     return ("CUDA graphs", f"{count} captured", f"decode steps of up to {most} requests; {took}")
+
+
+def pieces_row(pieces: PiecewiseGraphs) -> tuple[str, str, str]:
+    """The same of the steps with a prefill."""
+    count, most = len(pieces.sizes), pieces.sizes[-1]
+    took = f"{pieces.seconds:.1f} s, {_gib(pieces.memory)} GiB"
+    about = f"steps with a prefill of up to {most} tokens, attention apart; {took}"
+    return ("  in pieces", f"{count} captured", about)
 
 
 def phases_row(seconds: Mapping[str, float]) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from .graphs import DecodeGraphs
 from .launched import Launched, Scored, SeqResult
 from .packing import pack
 from .phases import explained_step
+from .pieces import Heads, PiecewiseGraphs
 from .request import Request
 from .scheduler import ScheduledSeq, Step
 
@@ -43,7 +45,8 @@ class Runner:
 
     ``backend_name`` is what errors call the backend; ``engine_writes_kv`` is as it declares.
 
-    ``graphs`` are the captured decode steps, where there are any.
+    ``graphs`` are the captured decode steps, ``pieces`` those of steps with a prefill, where there
+    are any.
 
     ``observer`` is None except while ``verify`` looks for the first op where two runs part.
     """
@@ -70,6 +73,7 @@ class Runner:
         self.engine_writes_kv = engine_writes_kv
         self.observer: Observer | None = None
         self.graphs: DecodeGraphs | None = None
+        self.pieces: PiecewiseGraphs | None = None
         self._last: Launched | None = None
         # Steps follow one another on one stream, whichever is the caller's current one.
         self._on_stream = stream_of(self.device)
@@ -124,7 +128,8 @@ class Runner:
     def forward(self, batch: Batch, owners: RowOwners) -> Tensor:
         """Hidden states ``[T, hidden]`` after the final norm; K and V land in the cache.
 
-        A decode step of a captured size is replayed, unless an observer wants to see its ops.
+        A decode step of a captured size is replayed, and so are the pieces of a step with a prefill
+        that is no larger than the largest of theirs, unless an observer wants to see the ops.
         """
         self._observe(owners)
         if self.graphs is not None and not self.observer and self.graphs.holds(batch):
@@ -132,27 +137,40 @@ class Runner:
                 return self.graphs.replay(batch)
         with self._blaming("plan"):
             plan = self.backend.plan(batch)
+        if self.pieces is not None and not self.observer and self.pieces.holds(batch):
+            return self.pieces.replay(batch, partial(self._attend, plan))
         return self.compute(batch, plan)
 
     def compute(self, batch: Batch, plan: Any) -> Tensor:
         """``forward`` under the backend's plan of the batch."""
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = torch.empty_like(q)
-            with self._blaming("run"):
-                self.backend.run(q, k, v, self.layers[layer], plan, out)
+        def attend(layer: int, *heads: Tensor) -> Tensor:
+            out = torch.empty_like(heads[0])
+            self._attend(plan, layer, heads, out)
             return out
 
-        def attend_written(layer: int, q: Tensor) -> Tensor:
-            out = torch.empty_like(q)
-            with self._blaming("run_written"):
-                self.backend.run_written(q, self.layers[layer], plan, out)
-            return out
+        return self.model(batch.token_ids, batch.positions, batch.slot_mapping, attend)
 
+    def model(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        slot_mapping: Tensor,
+        attend: Callable[..., Tensor],
+    ) -> Tensor:
+        """Hidden states ``[T, hidden]``; all inputs are int64 ``[T]``.
+
+        :param attend: ``(layer, *heads) -> [T, q_heads, head_dim]``, called layer by layer.
+        """
         attention: Attend | WrittenAttention = attend
         if self.engine_writes_kv:
-            attention = WrittenAttention(self.layers, batch.slot_mapping, attend_written)
-        return self.decoder.forward(batch.token_ids, batch.positions, attention)
+            attention = WrittenAttention(self.layers, slot_mapping, attend)
+        return self.decoder.forward(token_ids, positions, attention)
+
+    def _attend(self, plan: Any, layer: int, heads: Heads, out: Tensor) -> None:
+        call = "run_written" if self.engine_writes_kv else "run"
+        with self._blaming(call):
+            getattr(self.backend, call)(*heads, self.layers[layer], plan, out)
 
     def _fill_pending(self, seqs: Sequence[ScheduledSeq], batch: Batch) -> None:
         """Copy the tokens that only the device knows from the last step to this one's rows."""

@@ -27,6 +27,7 @@ from .graphs import DecodeGraphs, graph_sizes
 from .kernel_choice import KernelChoice, choose_kernels
 from .memory import DeviceMemory, measure, num_pages
 from .phases import GRAPHS, KERNELS, KV_CACHE, STEP, WEIGHTS, Phases
+from .pieces import PiecewiseGraphs, piece_sizes
 from .report import (
     StartupReport,
     device_rows,
@@ -34,6 +35,7 @@ from .report import (
     fingerprint_parts,
     graphs_row,
     phases_row,
+    pieces_row,
     promise,
     report_rows,
     steps_row,
@@ -71,6 +73,7 @@ def _start(
         head = linears.pop("lm_head")
         most = config.token_budget(device.type), max(config.max_num_seqs, LOGITS_ROWS)
         choice.kernels.prepare(linears.values(), head, *most)
+    weight_bytes = sum(weight.nbytes for weight in weights.values())
     del weights  # what the decoder does not use is free again
     with phases.timed(KV_CACHE):
         name = choice.kernels.name
@@ -92,7 +95,7 @@ def _start(
     )
     if selection.features["cuda_graph"].value:
         with phases.timed(GRAPHS):
-            runner.graphs = _graphs(config, runner)
+            _capture(config, runner, config.graph_tokens(device.type, weight_bytes))
     scheduler = _scheduler(config, selection, pages, max_model_len, device.type)
     parts = fingerprint_parts(config, model, digest, dtype, selection, choice, device)
     fingerprint = fingerprint_of(parts)
@@ -101,6 +104,8 @@ def _start(
     rows.append(steps_row(config, device))
     if runner.graphs is not None:
         rows.append(graphs_row(runner.graphs))
+    if runner.pieces is not None:
+        rows.append(pieces_row(runner.pieces))
     seconds = phases.seconds()
     rows += [phases_row(seconds), ("fingerprint", fingerprint, promise(config))]
     report = StartupReport(tuple(rows), fingerprint, parts, seconds)
@@ -238,11 +243,15 @@ def _backend(
         ) from error
 
 
-def _graphs(config: EngineConfig, runner: Runner) -> DecodeGraphs:
+def _capture(config: EngineConfig, runner: Runner, max_tokens: int) -> None:
+    """Decode steps, and the pieces of steps with a prefill of up to ``max_tokens`` tokens."""
     sizes = graph_sizes(min(config.max_num_seqs, config.cuda_graph_max_bs))
     hidden_size = runner.decoder.config.hidden_size
     try:
-        return DecodeGraphs(runner.backend, runner.compute, sizes, hidden_size)
+        runner.graphs = DecodeGraphs(runner.backend, runner.compute, sizes, hidden_size)
+        if max_tokens:
+            sizes = piece_sizes(max_tokens)
+            runner.pieces = PiecewiseGraphs(runner.backend.config, runner.model, sizes)
     except BackendError as error:
         raise ConfigError(
             f"CUDA graphs of attention backend {runner.backend_name!r} cannot be made: {error} "

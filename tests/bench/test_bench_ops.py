@@ -85,6 +85,38 @@ def test_a_step_is_timed_with_graphs_and_taken_apart_without(
     assert runner.graphs is graphs
 
 
+class Pieces:
+    """Stands for captured pieces of steps of up to ten tokens; none is ever held."""
+
+    sizes = (10,)
+    asked = 0
+
+    def holds(self, batch: Any) -> bool:
+        self.asked += 1
+        return False
+
+
+@pytest.mark.parametrize(("tokens", "replayed"), [(5, True), (6, False)])
+def test_so_is_a_step_with_a_prefill(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, tokens: int, replayed: bool
+) -> None:
+    runner, pieces = llm.engine.runner, Pieces()
+    monkeypatch.setattr(runner, "pieces", pieces)
+    plan, with_pieces = runner.backend.plan, []
+
+    def watched(batch: Any) -> Any:
+        with_pieces.append(runner.pieces is pieces)
+        return plan(batch)
+
+    monkeypatch.setattr(runner.backend, "plan", watched)
+    kind = StepKind(2, 0, tokens, False)
+    report = measure_step(llm.engine, kind, LIMITS, steps=2, seed=0, temperature=0.0)
+    assert report.as_dict()["replayed"] == replayed
+    assert with_pieces[-4:] == [True, False, False, False]
+    assert pieces.asked
+    assert runner.pieces is pieces
+
+
 def test_ranges_change_neither_the_bits_nor_the_engine(llm: LLM) -> None:
     def outputs() -> list[Any]:
         prompts = random_prompts(llm.engine.vocab_size, 3, 20, seed=1)

@@ -92,6 +92,26 @@ def test_graphs_give_the_bits_of_eager_steps(model: str, dtype: str) -> None:
     assert set(used) == {1, 2, 4, 8, 16}
 
 
+@pytest.mark.parametrize("chunk", [None, 50])
+@pytest.mark.parametrize(("model", "dtype"), MODELS)
+def test_pieces_give_the_bits_of_eager_steps(model: str, dtype: str, chunk: int | None) -> None:
+    """Steps ahead; prefills alone, and in chunks of 50 tokens beside decodes, which fit a size."""
+    found = []
+    for most in (0, 64):
+        options = PLAIN | {"cuda_graph_max_tokens": most, "max_num_batched_tokens": chunk}
+        with LLM(model, dtype=dtype, async_scheduling=True, **options) as llm:
+            used = piece_replays(llm)
+            outputs = [
+                output
+                for count in (1, 3, 40)  # of 1 token, of 36, and of some chunk after chunk
+                for output in llm.generate(prompts(count), sampled(count), use_tqdm=False)
+            ]
+            found.append([t for output in outputs for t in transcripts(output)])
+        assert bool(used) == bool(most)
+        assert all(tokens <= most for tokens in used)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("cuda_graph", [True, False])
 def test_steps_ahead_give_the_bits_of_steps_that_wait(cuda_graph: bool) -> None:
     found = []
@@ -174,6 +194,18 @@ def test_frozen_lengths_are_caught() -> None:
     assert broken != expected
 
 
+def test_a_frozen_input_of_the_pieces_is_caught() -> None:
+    """The negative control: pieces that keep the positions of their capture."""
+    with LLM("tiny-qwen3", dtype="bfloat16", **PLAIN) as llm:
+        expected = [transcripts(o) for o in llm.generate(prompts(8), sampled(8), use_tqdm=False)]
+        llm.flush_cache()
+        pieces = llm.engine.runner.pieces
+        assert pieces is not None
+        pieces._positions = pieces._positions.clone()
+        broken = [transcripts(o) for o in llm.generate(prompts(8), sampled(8), use_tqdm=False)]
+    assert broken != expected
+
+
 def replays(llm: LLM) -> Counter[int]:
     """Counts the replayed steps from now on, by captured size."""
     counts, graphs = Counter[int](), llm.engine.runner.graphs
@@ -185,6 +217,20 @@ def replays(llm: LLM) -> Counter[int]:
         return replay(batch)
 
     graphs.replay = counting
+    return counts
+
+
+def piece_replays(llm: LLM) -> Counter[int]:
+    """Counts the steps replayed in pieces from now on, by their tokens; none where there are no."""
+    counts, pieces = Counter[int](), llm.engine.runner.pieces
+    if pieces is not None:
+        replay = pieces.replay
+
+        def counting(batch: Any, attend: Any) -> torch.Tensor:
+            counts[batch.num_tokens] += 1
+            return replay(batch, attend)
+
+        pieces.replay = counting
     return counts
 
 
