@@ -136,6 +136,24 @@ class AttentionBackend(ABC):
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
 
+    @classmethod
+    def load(cls) -> None:
+        """Load the libraries that the class needs; called when it is chosen, before it is made.
+
+        ``isobit doctor`` and ``"auto"`` call it to learn whether they load; so it may come again.
+
+        :raises ConfigError: one is missing or cannot be loaded here; with the remedy.
+        """
+
+    @property
+    def library(self) -> str:
+        """The library whose kernels serve, with its version, where one was found at run time.
+
+        It stands in the start-up report and in the fingerprint; empty where ``requires`` names all
+        there is to know.
+        """
+        return ""
+
     def kv_cache_shape(self, num_pages: int) -> tuple[int, ...]:
         """Shape of one layer's K (and of its V): ``[num_pages, page_size, kv_heads, head_dim]``.
 

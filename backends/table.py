@@ -81,7 +81,7 @@ def _row(
     reasons = None
     if requirements is not None:
         reasons = objections(requirements, spec, host, installed=installed)
-    lowest = offers.compute_capability
+    lowest, highest = offers.compute_capability, offers.highest_compute_capability
     return {
         "backend": spec.name,
         "plugin": backend.plugin,
@@ -91,6 +91,8 @@ def _row(
         "requires": list(spec.requires),
         "devices": sorted(offers.devices),
         "compute_capability": None if lowest is None else list(lowest),
+        "highest_compute_capability": None if highest is None else list(highest),
+        "gpus": offers.gpus,
         "dtypes": sorted(offers.dtypes),
         "head_dims": None if offers.head_dims is None else sorted(offers.head_dims),
         "page_sizes": None if offers.page_sizes is None else sorted(offers.page_sizes),
@@ -139,8 +141,7 @@ def _grid(rows: list[Row]) -> tuple[list[list[str]], list[str]]:
 
 
 def _devices(row: Row) -> str:
-    lowest = row["compute_capability"]
-    suffix = f" (compute capability {lowest[0]}.{lowest[1]} and up)" if lowest else ""
+    suffix = f" (compute capability {row['gpus']})" if row["gpus"] else ""
     return ", ".join(row["devices"]) + suffix
 
 

@@ -1,0 +1,70 @@
+"""The plugin of the backend on FlashAttention 3. It loads like any other, by its entry point."""
+
+from __future__ import annotations
+
+from ..plugins import (
+    BackendSpec,
+    Capabilities,
+    Refusal,
+    Requirements,
+    Supported,
+    hookimpl,
+)
+from .fa3_providers import PROVIDERS, find_library, install_line
+
+NAME = "fa3"
+
+
+@hookimpl
+def isobit_attention_backends() -> list[BackendSpec]:
+    """FlashAttention 3 on Hopper, by whichever library is installed.
+
+    Pages of more than 64 tokens are not offered: multiples of the kernel's tile are read by TMA
+    with their unwritten tail, and a weight of 0 times NaN is NaN. A head_dim of 256 is not, as its
+    tile under a window has 64 tokens.
+    """
+    return [
+        BackendSpec(
+            name=NAME,
+            api=1,
+            factory="isobit.backends.fa3_attention:FlashAttention3",
+            install=install_line(),
+            self_check=True,
+            capabilities=Capabilities(
+                dtypes={"bfloat16", "float16"},
+                devices={"cuda"},
+                compute_capability=(9, 0),
+                highest_compute_capability=(9, 0),
+                head_dims={64, 96, 128, 192},
+                page_sizes={1, 2, 4, 8, 16, 32, 64},
+                features={
+                    "cuda_graph": Supported(),
+                    "chunked_prefill": Supported(),
+                    "radix_cache": Supported(),
+                    "non_greedy_sampling": Supported(),
+                    "sliding_window": Supported(),
+                    "logit_soft_cap": Supported(),
+                },
+                deterministic=True,
+                chunk_invariant=True,
+                decode_equals_prefill=True,
+                engine_writes_kv=True,
+            ),
+        )
+    ]
+
+
+@hookimpl
+def isobit_check(config: Requirements, spec: BackendSpec) -> list[Refusal]:
+    """One of several libraries must be installed, which ``requires`` cannot say."""
+    if spec.name != NAME or find_library() is not None:
+        return []
+    names = ", ".join(provider.package for provider in PROVIDERS)
+    return [
+        Refusal(
+            "requires",
+            f"a FlashAttention 3 library, of any of {names}",
+            "none is installed",
+            f"Install one: {install_line()}",
+        )
+    ]
