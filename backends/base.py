@@ -136,7 +136,7 @@ class AttentionBackend(ABC):
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
 
-    @classmethod
+    @classmethod  # noqa: B027 - most classes have nothing to load
     def load(cls) -> None:
         """Load the libraries that the class needs; called when it is chosen, before it is made.
 

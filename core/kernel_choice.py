@@ -1,8 +1,8 @@
 """Chooses the kernels and proves that they keep their contracts before anything is served.
 
 A provider that fails its self-check on this machine is demoted, and the next one is tried; with
-none left the engine refuses to start. An attention backend that declares ``self_check`` proves itself
-too, or the engine refuses to start.
+none left the engine refuses to start. So it does if an attention backend that declares
+``self_check`` fails its own.
 """
 
 from __future__ import annotations
