@@ -5,10 +5,10 @@ bits follow from its position and the tile's length alone, provided that
 
 - the sequence is not split: ``num_splits`` is 1. Its automatic choice, which is made where
   determinism is off, follows the batch;
-- the tile's length is always the same. The kernel chooses it from the head_dim, whether there is a
-  window (``max_seqlen_k`` tells it whether the window hides anything), and at head_dim 64 from
-  ``max_seqlen_q``. So both are constants of the engine. Only at head_dim 128 ``max_seqlen_q`` is
-  the step's own, since all tiles there have one length and small steps take flatter ones.
+- the tile's length is always the same. The kernel chooses it from the head_dim, from whether there
+  is a window, and at head_dim 64 from ``max_seqlen_q``. So that is a constant, but at head_dim 128:
+  all tiles there have one length, and small steps take flatter ones. A window counts only if it is
+  shorter than ``max_seqlen_k``; so that is always longer, whatever the engine's longest sequence.
 
 Lengths and pages are read on the device, so a captured step needs no refreshing. Within a page of
 up to 64 tokens the kernel leaves out what lies behind a sequence's end.
@@ -59,7 +59,6 @@ class FlashAttention3(AttentionBackend):
             )
         self._kernel = load_kernel()
         self._constants = {
-            "max_seqlen_k": config.max_model_len,
             "softmax_scale": config.scale,
             "is_causal": True,
             "window_size_right": 0,
@@ -85,6 +84,7 @@ class FlashAttention3(AttentionBackend):
             seqused_k=batch.seq_lens,
             page_table=batch.block_table,
             max_seqlen_q=plan.max_seqlen_q,
+            max_seqlen_k=max(self.config.max_model_len, (window or 0) + 1),
             window_size_left=-1 if window is None else window - 1,
             **self._constants,
         )

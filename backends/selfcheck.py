@@ -9,7 +9,7 @@ The digest of the bits goes into the fingerprint.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -23,9 +23,9 @@ LENGTH = 2101
 """Tokens of the sequence: enough for a library to split them, and no multiple of a page."""
 
 _CUTS = (1, 38, 64, 127, 128, 640, 641, 1500)
-_PROBES = (0, 1, 63, 64, 65, 127, 128, 129, 500, 1023, 1024)
-_CROWDS = (1, 7, 40, 150)
-"""Numbers of neighbours: fewer than fill a GPU, and more."""
+_EDGES = (0, 1, 63, 64, 65, 127, 128, 129, 500, 1023, 1024)
+_CROWDS = (2, 7, 40, 150)
+"""Decodes in one step: fewer than fill a GPU, and more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,11 @@ def check_backend(
     config: AttentionConfig,
     offers: Capabilities,
 ) -> CheckResult:
-    """Judge a backend made for the engine's own ``config``, once for each window of its layers."""
+    """Judge a backend made for the engine's own ``config``, once for each window of its layers.
+
+    The sequence is as long in every engine, so that the digest does not follow ``max_model_len``.
+    """
+    config = replace(config, max_model_len=max(LENGTH, config.max_model_len))
     result = CheckResult()
     windows = config.sliding_windows or (None,)
     for window in dict.fromkeys(windows):
@@ -53,26 +57,29 @@ def check_backend(
 
 
 def _check_layer(result: CheckResult, subject: _Subject, offers: Capabilities) -> None:
-    length, (whole,) = subject.length, subject.attend(_Piece(0, 0, subject.length))
+    length, (whole,) = LENGTH, subject.attend(_Piece(0, 0, LENGTH))
     result.record(whole)
     op = f"attention, {subject.name}"
     result.expect_equal(op, "again", whole, subject.attend(_Piece(0, 0, length))[0])
-    subject.attend(_Piece(1, 0, subject.lengths[1]))  # a backend that writes K and V has them now
-    for position in sorted({length - 1, *(p for p in _PROBES if p < length)}):
-        row = whole[position : position + 1]
-        if not subject.is_right(position, row[0]):
+    neighbour = _Piece(1, 0, subject.lengths[1])
+    subject.attend(neighbour)  # a backend that writes K and V has them now
+    edges = [p for p in _EDGES if p < length]
+    for position in {*edges, length - 1}:
+        if not subject.is_right(position, whole[position]):
             what = f"at position {position} than attention in float64, beyond any rounding"
             result.mismatches.append(Mismatch(op, what))
-        decode = _Piece(0, position, position + 1, decode=True)
-        (alone,) = subject.attend(decode)
-        if offers.decode_equals_prefill:
-            result.expect_equal(op, f"decoding position {position}", row, alone)
-        for crowd in _CROWDS:
-            *_, among = subject.attend(*subject.crowd(crowd), decode)
-            what = f"decoding position {position} beside {crowd} others"
-            result.expect_equal(op, what, alone, among)
-    beside = (*subject.crowd(7), _Piece(1, 0, subject.lengths[1]))
-    *_, among = subject.attend(*beside, _Piece(0, 0, length))
+    decodes = [_Piece(0, p, p + 1, decode=True) for p in [*edges, *_spread(length, _CROWDS[-1])]]
+    alone = torch.cat([subject.attend(piece)[0] for piece in decodes])
+    if offers.decode_equals_prefill:
+        rows = whole[[piece.start for piece in decodes]]
+        result.expect_equal(op, "by decoding", rows, alone)
+    for count in _CROWDS:
+        for first in range(0, len(decodes), count):
+            together = torch.cat(subject.attend(*decodes[first : first + count]))
+            what = f"decoding {len(together)} rows at once, from row {first} on"
+            result.expect_equal(op, what, alone[first : first + count], together)
+    beside = [_Piece(1, p, p + 1, decode=True) for p in _spread(neighbour.stop, 7)]
+    *_, among = subject.attend(*beside, neighbour, _Piece(0, 0, length))
     result.expect_equal(op, "beside others", whole, among)
     if offers.chunk_invariant:
         step = offers.alignment
@@ -81,20 +88,24 @@ def _check_layer(result: CheckResult, subject: _Subject, offers: Capabilities) -
         result.expect_equal(op, "in chunks", whole, torch.cat(chunks))
 
 
+def _spread(length: int, count: int) -> list[int]:
+    """Positions of a sequence from its first to its last."""
+    return [(length - 1) * i // (count - 1) for i in range(count)]
+
+
 class _Subject:
     """A backend, one of its layers, and two sequences of which it has the K and V."""
 
     def __init__(self, backend: AttentionBackend, layer: int, engine_writes_kv: bool) -> None:
         self._backend, self._config, self._written = backend, backend.config, engine_writes_kv
         c = self._config
-        self.length = min(LENGTH, c.max_model_len)
-        self.lengths = (self.length, -(-self.length // 3))
+        self.lengths = (LENGTH, -(-LENGTH // 3))
         window = c.sliding_window(layer)
         self._seen = c.max_model_len if window is None else window
         self.name = f"{c.num_q_heads}/{c.num_kv_heads}x{c.head_dim}, window {window or 'none'}"
         own = [self._values(i) for i in range(3)]
         self._rows = [own, [values.flip(0) for values in own]]  # q, k, v of each sequence
-        width = -(-self.length // c.page_size)
+        width = -(-LENGTH // c.page_size)
         # Page 0 stays empty; the sequence's pages descend.
         pages = torch.arange(2 * width, 0, -1, dtype=torch.int32).view(2, width)
         self._table = pages.to(c.device)
@@ -106,12 +117,6 @@ class _Subject:
                 slots = self._slots(_Piece(sequence, 0, length))
                 k.flatten(0, 1)[slots] = self._rows[sequence][1][:length]
                 v.flatten(0, 1)[slots] = self._rows[sequence][2][:length]
-
-    def crowd(self, count: int) -> list[_Piece]:
-        """Decodes at positions of the neighbour, from one end to the other."""
-        last = self.lengths[1] - 1
-        places = [last * i // max(1, count - 1) for i in range(count)]
-        return [_Piece(1, place, place + 1, decode=True) for place in places]
 
     @torch.inference_mode()
     def attend(self, *pieces: _Piece) -> list[Tensor]:
@@ -157,8 +162,8 @@ class _Subject:
         c = self._config
         heads = c.num_kv_heads if index else c.num_q_heads
         draw = outliers if index == 2 else normal
-        values = draw(self.length + index, heads * c.head_dim)[: self.length]
-        return values.view(self.length, heads, c.head_dim).to(c.device, c.dtype)
+        values = draw(LENGTH + index, heads * c.head_dim)[:LENGTH]
+        return values.view(LENGTH, heads, c.head_dim).to(c.device, c.dtype)
 
     def _slots(self, piece: _Piece) -> Tensor:
         size, device = self._config.page_size, self._config.device

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from isobit import LLM, SamplingParams
+from isobit.backends import selfcheck
 from isobit.backends.base import AttentionBackend, AttentionConfig
 from isobit.backends.capabilities import BackendSpec
 from isobit.backends.matrix import load_factory
@@ -38,7 +39,8 @@ CONFIG = AttentionConfig(
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(selfcheck, "LENGTH", 301)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -53,8 +55,8 @@ def mismatches(spec: BackendSpec, **changes: Any) -> list[str]:
 @pytest.mark.parametrize("spec", [RIGHT, RIGHT_WRITTEN], ids=["it writes", "is written for"])
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"max_model_len": 5}, {"sliding_windows": (None, 20), "logit_soft_cap": 5.0}],
-    ids=["plain", "short", "windows"],
+    [{}, {"max_model_len": 5000}, {"sliding_windows": (None, 20), "logit_soft_cap": 5.0}],
+    ids=["plain", "long", "windows"],
 )
 def test_the_right_backend_passes(spec: BackendSpec, changes: dict[str, Any]) -> None:
     assert mismatches(spec, **changes) == []
@@ -63,9 +65,9 @@ def test_the_right_backend_passes(spec: BackendSpec, changes: dict[str, Any]) ->
 @pytest.mark.parametrize(
     ("name", "seen"),
     [
-        ("mutant-splits-by-batch", "beside"),
-        ("mutant-tile-by-rows", "beside"),
-        ("mutant-decode-apart", "decoding position"),
+        ("mutant-splits-by-batch", "rows at once"),
+        ("mutant-tile-by-rows", "rows at once"),
+        ("mutant-decode-apart", "by decoding"),
         ("mutant-prefix-apart", "in chunks"),
         ("mutant-causal-off-by-one", "float64"),
         ("mutant-scale-missing", "float64"),
@@ -80,6 +82,15 @@ def test_a_window_that_is_ignored_is_caught_in_its_layer() -> None:
     found = mismatches(SPECS["mutant-window-ignored"], sliding_windows=(None, 20))
     assert found
     assert all("window 20" in line for line in found)
+
+
+def test_the_digest_is_of_the_bits_and_not_of_the_longest_sequence() -> None:
+    def digest(**changes: Any) -> str:
+        return check_backend(RightAttention, replace(CONFIG, **changes), offers).digest
+
+    offers = RIGHT.capabilities
+    assert digest() == digest(max_model_len=7) == digest(page_size=64)
+    assert digest() != digest(scale=0.2)
 
 
 def test_what_is_not_declared_is_not_judged() -> None:
@@ -145,7 +156,7 @@ def test_the_library_and_its_check_are_reported_and_in_the_fingerprint(start: An
 
 
 def test_a_version_that_splits_by_the_batch_is_not_started(start: Any) -> None:
-    message = r"'found' \(flash 1\.2 .*does not keep what it declares(.|\n)*beside 40 others"
+    message = r"'found' \(flash 1\.2 .*does not keep what it declares(.|\n)*decoding 40 rows"
     with pytest.raises(SelfCheckError, match=message):
         start(Splitting)
     with start(Splitting, deterministic=False) as llm:

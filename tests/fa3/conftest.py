@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from isobit.backends import fa3_attention
 from isobit.backends.base import AttentionConfig, Batch, LayerCache
-from isobit.backends.fa3_providers import Kernel, bind
+from isobit.backends.fa3_providers import Kernel, bind, load_kernel
 from isobit.plugins.conformance.mutants.right import Plan, RightAttention
 
 _FIRST = (
@@ -38,6 +39,24 @@ SCHEMAS = {
     "int num_splits = 0, bool? pack_gqa = None, int sm_margin = 0) -> ()",
 }
 """By what the builds' own schemas say, but for the results, which are not used."""
+
+
+BOMB = "raise SystemExit('this package was imported')\n"
+FILES = {
+    "flash_attn_3": "_C.abi3.so",
+    "vllm": "vllm_flash_attn/_vllm_fa3_C.abi3.so",
+    "sgl_kernel": "flash_ops.abi3.so",
+}
+
+
+class RoundedWeights(RightAttention):
+    """Weights are rounded to the dtype of V before they are multiplied, as the real ones are.
+
+    So the maximum that they are relative to shows, and with it the length of a tile.
+    """
+
+    def weights(self, scores: Tensor, maximum: Tensor) -> Tensor:
+        return super().weights(scores, maximum).to(self.config.dtype).float()
 
 
 @dataclass
@@ -74,7 +93,7 @@ class FakeFlash:
             sliding_windows=(left + 1,) if local else (),
             logit_soft_cap=given["softcap"] or None,
         )
-        backend = RightAttention(config)
+        backend = RoundedWeights(config)
         batch = _batch(given)
         short = given["max_seqlen_q"] * (q.shape[1] // k.shape[2]) <= 64
         if q.shape[2] == 64:
@@ -146,3 +165,19 @@ def install(flash: FakeFlash, make_kernel: Any, monkeypatch: pytest.MonkeyPatch)
 def broken(make_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> FakeFlash:
     """One that splits by the batch, whatever it is told."""
     return install(FakeFlash(splits_by_batch=True), make_kernel, monkeypatch)
+
+
+@pytest.fixture
+def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Puts a package on the path that must not be imported, with its extension's file."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load_kernel.cache_clear()
+
+    def make(package: str, file: str | None = None) -> Path:
+        found = tmp_path / package / (file or FILES[package])
+        found.parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / package / "__init__.py").write_text(BOMB)
+        found.write_bytes(b"no library")
+        return found
+
+    return make

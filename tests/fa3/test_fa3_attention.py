@@ -129,8 +129,16 @@ def test_each_layer_has_its_window(fake: Any) -> None:
     for layer in (0, 1):
         step(backend, 3, layer=layer)
     assert [call["window_size_left"] for call in fake.calls] == [-1, 6]
+    assert {call["max_seqlen_k"] for call in fake.calls} == {200}
     assert {call["softcap"] for call in fake.calls} == {30.0}
     assert backend.library == "sgl 1.0 (fake.so)"
+
+
+def test_a_window_is_one_however_short_the_longest_sequence(fake: Any) -> None:
+    """Else the tile would follow ``max_model_len``, which is not in the fingerprint."""
+    for max_model_len in (16, 99, 100, 101, 5000):
+        step(FlashAttention3(config(max_model_len=max_model_len, sliding_windows=(99, 99))), 3)
+    assert all(call["window_size_left"] < call["max_seqlen_k"] - 1 for call in fake.calls)
 
 
 @pytest.mark.usefixtures("fake")

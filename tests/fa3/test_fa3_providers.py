@@ -23,31 +23,9 @@ from isobit.backends.fa3_providers import (
 from isobit.backends.rules import refusals
 from isobit.errors import ConfigError
 
-BOMB = "raise SystemExit('this package was imported')\n"
-FILES = {
-    "flash_attn_3": "_C.abi3.so",
-    "vllm": "vllm_flash_attn/_vllm_fa3_C.abi3.so",
-    "sgl_kernel": "flash_ops.abi3.so",
-}
 VERSIONS = {"flash-attn-3": "3.0.0b1", "vllm": "0.33.0", "sglang-kernel": "0.4.10"}
 
 Put = Callable[..., Path]
-
-
-@pytest.fixture
-def put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Put:
-    """Puts a package on the path that must not be imported, with its extension's file."""
-    monkeypatch.syspath_prepend(str(tmp_path))
-    load_kernel.cache_clear()
-
-    def make(package: str, file: str | None = None) -> Path:
-        found = tmp_path / package / (file or FILES[package])
-        found.parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / package / "__init__.py").write_text(BOMB)
-        found.write_bytes(b"no library")
-        return found
-
-    return make
 
 
 @pytest.mark.parametrize("provider", PROVIDERS, ids=lambda p: p.package)
