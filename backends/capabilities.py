@@ -140,6 +140,8 @@ class BackendSpec:
     factory:  ``"package.module:Class"``, imported only when the backend is chosen
     capabilities: what it can hold
     requires: distributions that must be installed, as requirement strings
+    also_requires: what else must be installed, in words, where no requirement string can say it;
+        an ``isobit_check`` of the plugin enforces it
     install:  the line a user types to get them
     self_check: whether the backend must prove its declaration at every deterministic start-up,
         because a library that Isobit does not pin chooses its kernels
@@ -152,11 +154,12 @@ class BackendSpec:
     factory: str
     capabilities: Capabilities
     requires: tuple[str, ...] = ()
+    also_requires: str = ""
     install: str = ""
     self_check: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("name", "factory", "install"):
+        for name in ("name", "factory", "also_requires", "install"):
             _check_type(name, getattr(self, name), (str,))
         _check_type("api", self.api, (int,))
         _check_type("capabilities", self.capabilities, (Capabilities,))

@@ -10,9 +10,10 @@ from ..plugins import (
     Supported,
     hookimpl,
 )
-from .fa3_providers import PROVIDERS, find_library, install_line
+from .fa3_providers import find_library, install_line
 
 NAME = "fa3"
+LIBRARY = "FlashAttention 3 of flash_attn_3, vllm or sgl_kernel"
 
 
 @hookimpl
@@ -28,6 +29,7 @@ def isobit_attention_backends() -> list[BackendSpec]:
             name=NAME,
             api=1,
             factory="isobit.backends.fa3_attention:FlashAttention3",
+            also_requires=LIBRARY,
             install=install_line(),
             self_check=True,
             capabilities=Capabilities(
@@ -59,12 +61,4 @@ def isobit_check(config: Requirements, spec: BackendSpec) -> list[Refusal]:
     """One of several libraries must be installed, which ``requires`` cannot say."""
     if spec.name != NAME or find_library() is not None:
         return []
-    names = ", ".join(provider.package for provider in PROVIDERS)
-    return [
-        Refusal(
-            "requires",
-            f"a FlashAttention 3 library, of any of {names}",
-            "none is installed",
-            f"Install one: {install_line()}",
-        )
-    ]
+    return [Refusal("requires", LIBRARY, "none is installed", f"Install one: {install_line()}")]

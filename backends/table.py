@@ -89,6 +89,7 @@ def _row(
         "version": backend.version,
         "api": spec.api,
         "requires": list(spec.requires),
+        "also_requires": spec.also_requires,
         "devices": sorted(offers.devices),
         "compute_capability": None if lowest is None else list(lowest),
         "highest_compute_capability": None if highest is None else list(highest),
@@ -125,7 +126,7 @@ def _grid(rows: list[Row]) -> tuple[list[list[str]], list[str]]:
     lines = [
         ["", *(row["backend"] for row in rows)],
         ["from", *(row["distribution"] for row in rows)],
-        ["requires", *(", ".join(row["requires"]) or "nothing" for row in rows)],
+        ["requires", *(_requires(row) for row in rows)],
         ["devices", *(_devices(row) for row in rows)],
         *(
             [name, *(_set(row[name]) for row in rows)]
@@ -138,6 +139,10 @@ def _grid(rows: list[Row]) -> tuple[list[list[str]], list[str]]:
     if any(row["refusals"] is not None for row in rows):
         lines.append(["serves what is asked", *(_verdict(row, notes) for row in rows)])
     return lines, notes
+
+
+def _requires(row: Row) -> str:
+    return ", ".join(filter(None, [*row["requires"], row["also_requires"]])) or "nothing"
 
 
 def _devices(row: Row) -> str:

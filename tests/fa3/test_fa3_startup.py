@@ -59,7 +59,7 @@ def test_doctor_says_what_to_type(finding: Any, put: Any) -> None:
     line = fa3_providers.install_line()
     nothing = finding((9, 0))
     assert (nothing.status, nothing.remedy) == ("absent", f"Install one: {line}")
-    assert nothing.found.startswith("wanted a FlashAttention 3 library, of any of flash_attn_3")
+    assert nothing.found.startswith("wanted FlashAttention 3 of flash_attn_3, vllm or sgl_kernel")
     elsewhere = finding((10, 0))
     assert "wanted 10.0, found 9.0" in elsewhere.found
     put("vllm")
