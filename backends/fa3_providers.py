@@ -137,11 +137,13 @@ def load_kernel() -> Kernel:
         load_extension(str(library.file))
         operator = getattr(torch.ops, library.provider.namespace).fwd.default
     except (OSError, RuntimeError, AttributeError) as error:
-        first_line = str(error).partition("\n")[0]
+        cause = error.__cause__ or error  # torch's own error does not say what is missing
+        first_line = str(cause).partition("\n")[0]
         raise ConfigError(
             f"the FlashAttention 3 library of {library} cannot be loaded: "
-            f"{type(error).__name__}: {first_line}. It must be built for the installed torch "
-            f"{torch.__version__} and its CUDA {torch.version.cuda}: {install_line()}"
+            f"{type(cause).__name__}: {first_line}. It must be built for the installed torch "
+            f"{torch.__version__} and CUDA {torch.version.cuda or '(there is none)'}: "
+            f"{install_line()}"
         ) from error
     return bind(operator, str(library))
 
