@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import ConfigError
 from .base import AttentionBackend, AttentionConfig, Batch, LayerCache
 from .fa3_providers import load_kernel
 
@@ -42,7 +41,7 @@ class FlashPlan:
 class FlashAttention3(AttentionBackend):
     """Attention over NHD pages.
 
-    :raises ConfigError: no library can be loaded, or the soft cap is not positive
+    :raises ConfigError: no library can be loaded
     """
 
     @classmethod
@@ -51,18 +50,12 @@ class FlashAttention3(AttentionBackend):
 
     def __init__(self, config: AttentionConfig) -> None:
         super().__init__(config)
-        cap = config.logit_soft_cap
-        if cap is not None and not cap > 0:
-            raise ConfigError(
-                f"the fa3 backend wants a positive soft cap of the scores, and it is {cap}. "
-                "Choose another backend."
-            )
         self._kernel = load_kernel()
         self._constants = {
             "softmax_scale": config.scale,
             "is_causal": True,
             "window_size_right": 0,
-            "softcap": cap or 0.0,
+            "softcap": 0.0,  # none
             "num_splits": 1 if config.deterministic else 0,
         }
 

@@ -75,7 +75,7 @@ class FakeFlash:
         self.calls.append(given)
         q, k = given["q"], given["k"]
         assert given["is_causal"]
-        assert given["window_size_right"] == 0
+        assert (given["window_size_right"], given["softcap"]) == (0, 0.0)
         for name in ("cu_seqlens_q", "seqused_k", "page_table"):
             assert given[name].dtype == torch.int32, name
         left = given["window_size_left"]
@@ -91,7 +91,6 @@ class FakeFlash:
             device=q.device,
             max_model_len=given["max_seqlen_k"],
             sliding_windows=(left + 1,) if local else (),
-            logit_soft_cap=given["softcap"] or None,
         )
         backend = RoundedWeights(config)
         batch = _batch(given)
