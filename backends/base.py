@@ -145,12 +145,12 @@ class AttentionBackend(ABC):
         :raises ConfigError: one is missing or cannot be loaded here; with the remedy.
         """
 
-    @property
-    def library(self) -> str:
-        """The library whose kernels serve, with its version, where one was found at run time.
+    @classmethod
+    def library(cls) -> str:
+        """The library that ``load`` loaded, with its version, where it is one of several.
 
-        It stands in the start-up report and in the fingerprint; empty where ``requires`` names all
-        there is to know.
+        It stands in the start-up report, in the fingerprint and in proofs; empty where ``requires``
+        names all there is to know.
         """
         return ""
 

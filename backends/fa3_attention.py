@@ -59,9 +59,9 @@ class FlashAttention3(AttentionBackend):
             "num_splits": 1 if config.deterministic else 0,
         }
 
-    @property
-    def library(self) -> str:
-        return self._kernel.library
+    @classmethod
+    def library(cls) -> str:
+        return load_kernel().library
 
     def plan(self, batch: Batch) -> FlashPlan:
         return FlashPlan(batch, self._max_seqlen_q(batch))

@@ -125,13 +125,13 @@ def check_attention_backend(
         raise
     except Exception as error:
         raise ConfigError(
-            f"attention backend {spec.name!r} ({backend.library or selection.version}) cannot "
+            f"attention backend {spec.name!r} ({backend.library() or selection.version}) cannot "
             f"compute its self-check: {type(error).__name__}: {error}. Pass another "
             f"attention_backend, or install another version: {spec.install}"
         ) from error
     if result.mismatches:
         raise SelfCheckError(
-            f"attention backend {spec.name!r} ({backend.library or selection.version}) does not "
+            f"attention backend {spec.name!r} ({backend.library() or selection.version}) does not "
             "keep what it declares on this machine, so the engine does not start. Pass another "
             "attention_backend.\n  " + "\n  ".join(str(m) for m in result.mismatches)
         )

@@ -99,10 +99,10 @@ def _start(
             runner.graphs = _graphs(config, runner)
     scheduler = _scheduler(config, selection, pages, max_model_len, device.type)
     parts = fingerprint_parts(config, model, digest, dtype, selection, choice, device)
-    parts |= library_parts(backend.library, attention_digest)
+    parts |= library_parts(backend.library(), attention_digest)
     fingerprint = fingerprint_of(parts)
     rows = report_rows(config, model, dtype, selection, choice, pages, max_model_len, host)
-    rows += library_rows(backend.library, attention_digest)
+    rows += library_rows(backend.library(), attention_digest)
     rows[1:1] = device_rows(config, device, memory, pages * bytes_per_page(backend))
     rows.append(steps_row(config, device))
     if runner.graphs is not None:

@@ -129,7 +129,7 @@ def test_each_layer_has_its_window(fake: Any) -> None:
         step(backend, 3, layer=layer)
     assert [call["window_size_left"] for call in fake.calls] == [-1, 6]
     assert {call["max_seqlen_k"] for call in fake.calls} == {200}
-    assert backend.library == "sgl 1.0 (fake.so)"
+    assert backend.library() == "sgl 1.0 (fake.so)"
 
 
 def test_a_window_is_one_however_short_the_longest_sequence(fake: Any) -> None:
