@@ -136,6 +136,24 @@ class AttentionBackend(ABC):
     def __init__(self, config: AttentionConfig) -> None:
         self.config = config
 
+    @classmethod  # noqa: B027 - most classes have nothing to load
+    def load(cls) -> None:
+        """Load the libraries that the class needs; called when it is chosen, before it is made.
+
+        ``isobit doctor`` and ``"auto"`` call it to learn whether they load; so it may come again.
+
+        :raises ConfigError: one is missing or cannot be loaded here; with the remedy.
+        """
+
+    @classmethod
+    def library(cls) -> str:
+        """The library that ``load`` loaded, with its version, where it is one of several.
+
+        It stands in the start-up report, in the fingerprint and in proofs; empty where ``requires``
+        names all there is to know.
+        """
+        return ""
+
     def kv_cache_shape(self, num_pages: int) -> tuple[int, ...]:
         """Shape of one layer's K (and of its V): ``[num_pages, page_size, kv_heads, head_dim]``.
 

@@ -73,6 +73,7 @@ class Capabilities:
     page_sizes:        a set, or ``None`` for any
     devices:           device types, ``"cpu"`` and ``"cuda"``
     compute_capability: lowest CUDA compute capability served, as ``(major, minor)``
+    highest_compute_capability: the highest one served; ``None`` for any from the lowest up
     features:          cells by name from ``FEATURES``
     deterministic:     its bits do not depend on neighbours, order or launch geometry
     chunk_invariant:   a prompt's bits do not depend on where it was cut into chunks, provided
@@ -90,6 +91,7 @@ class Capabilities:
     head_dims: AbstractSet[int] | None = None
     page_sizes: AbstractSet[int] | None = None
     compute_capability: tuple[int, int] | None = None
+    highest_compute_capability: tuple[int, int] | None = None
     features: Mapping[str, Cell] = field(default_factory=dict)
     deterministic: bool = False
     chunk_invariant: bool = False
@@ -111,6 +113,23 @@ class Capabilities:
         """The declared cell, or ``Unsupported`` where nothing is declared."""
         return self.features.get(feature, Unsupported("not declared"))
 
+    def serves_gpu(self, have: tuple[int, int] | None) -> bool:
+        """Whether GPUs of this compute capability are served; an unknown one only if all are."""
+        lowest, highest = self.compute_capability, self.highest_compute_capability
+        if have is None:
+            return lowest is None and highest is None
+        return (lowest or have) <= have <= (highest or have)
+
+    @property
+    def gpus(self) -> str:
+        """The compute capabilities served: ``8.0 and up``, ``9.0``, or an empty string for any."""
+        lowest, highest = self.compute_capability, self.highest_compute_capability
+        if highest is None:
+            return f"{dotted(lowest)} and up" if lowest else ""
+        if lowest is None:
+            return f"up to {dotted(highest)}"
+        return dotted(lowest) if lowest == highest else f"{dotted(lowest)} to {dotted(highest)}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendSpec:
@@ -121,7 +140,11 @@ class BackendSpec:
     factory:  ``"package.module:Class"``, imported only when the backend is chosen
     capabilities: what it can hold
     requires: distributions that must be installed, as requirement strings
+    also_requires: what else must be installed, in words, where no requirement string can say it;
+        an ``isobit_check`` of the plugin enforces it
     install:  the line a user types to get them
+    self_check: whether the backend must prove its declaration at every deterministic start-up,
+        because a library that Isobit does not pin chooses its kernels
 
     :raises ConfigError: a value of the wrong type, or the name ``"auto"``.
     """
@@ -131,14 +154,17 @@ class BackendSpec:
     factory: str
     capabilities: Capabilities
     requires: tuple[str, ...] = ()
+    also_requires: str = ""
     install: str = ""
+    self_check: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("name", "factory", "install"):
+        for name in ("name", "factory", "also_requires", "install"):
             _check_type(name, getattr(self, name), (str,))
         _check_type("api", self.api, (int,))
         _check_type("capabilities", self.capabilities, (Capabilities,))
         _check_type("requires", self.requires, (tuple,))
+        _check_type("self_check", self.self_check, (bool,))
         if not self.name or self.name == "auto":
             raise ConfigError(f"a backend cannot be named {self.name!r}. Choose another name.")
 
@@ -188,6 +214,11 @@ class Refusal:
 
     def __str__(self) -> str:
         return f"{self.rule}: wanted {self.wanted}, offered {self.offered}. {self.remedy}"
+
+
+def dotted(compute_capability: tuple[int, int]) -> str:
+    """``9.0`` of ``(9, 0)``."""
+    return f"{compute_capability[0]}.{compute_capability[1]}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -28,8 +29,13 @@ if TYPE_CHECKING:
     from ..plugins.manager import PluginHost, RegisteredBackend
     from .base import AttentionBackend
 
-AUTO_ORDER = ("triton", "fa3", "flashinfer", "torch")
+AUTO_ORDER = ("triton", "flashinfer", "torch")
 """The order in which ``"auto"`` tries backends; those not listed follow by name."""
+
+BY_NAME_ONLY: Mapping[str, str] = MappingProxyType(
+    {"fa3": "not proved on a GPU yet: it is taken only by name, attention_backend='fa3'"}
+)
+"""Backends that ``"auto"`` does not take, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +130,10 @@ def resolve_features(requirements: Requirements, spec: BackendSpec) -> dict[str,
 
 
 def load_factory(spec: BackendSpec) -> type[AttentionBackend]:
-    """Import the backend's class; only now may its kernel library load.
+    """Import the backend's class and let it load its kernel library, which only now may load.
 
-    :raises ConfigError: the factory cannot be imported or is no complete ``AttentionBackend``.
+    :raises ConfigError: the factory cannot be imported, is no complete ``AttentionBackend``, or
+        its library cannot be loaded.
     """
     from .base import AttentionBackend
 
@@ -157,7 +164,21 @@ def load_factory(spec: BackendSpec) -> type[AttentionBackend]:
             f"{prefix} has a kv_cache_shape of its own, and declares engine_writes_kv: the engine "
             "writes one layout only. Mend the plugin."
         )
+    _load_library(factory, spec)
     return factory
+
+
+def _load_library(factory: type[AttentionBackend], spec: BackendSpec) -> None:
+    try:
+        factory.load()
+    except ConfigError:
+        raise
+    except Exception as error:
+        remedy = spec.install or "mend or reinstall what it needs"
+        raise ConfigError(
+            f"attention backend {spec.name!r} cannot load its library: {type(error).__name__}: "
+            f"{error}. To mend it: {remedy}"
+        ) from error
 
 
 def _select_auto(
@@ -169,7 +190,9 @@ def _select_auto(
     usable = host.backends()
     rejected: dict[str, str] = {}
     for name in _auto_names(host):
-        if name in usable:
+        if name in usable and name in BY_NAME_ONLY:
+            rejected[name] = f"{BY_NAME_ONLY[name]}."
+        elif name in usable:
             reasons = objections(requirements, usable[name].spec, host, installed=installed)
             objection = " ".join(map(str, reasons)) or _broken(probe, usable[name].spec)
             if not objection:

@@ -20,6 +20,7 @@ from .capabilities import (
     Requirements,
     Supported,
     Unsupported,
+    dotted,
 )
 
 Installed = Callable[[str], str | None]
@@ -165,19 +166,15 @@ def _device(requirements: Requirements, spec: BackendSpec) -> Iterator[Refusal]:
 
 
 def _compute_capability(requirements: Requirements, spec: BackendSpec) -> Iterator[Refusal]:
-    lowest, have = spec.capabilities.compute_capability, requirements.compute_capability
-    if requirements.device != "cuda" or lowest is None or (have is not None and have >= lowest):
+    offers, have = spec.capabilities, requirements.compute_capability
+    if requirements.device != "cuda" or offers.serves_gpu(have):
         return
     yield Refusal(
         "compute_capability",
-        _dotted(have) if have else "a GPU of unknown compute capability",
-        f"{_dotted(lowest)} and up",
-        "Choose a backend for this GPU, or run on a newer one.",
+        dotted(have) if have else "a GPU of unknown compute capability",
+        offers.gpus,
+        "Choose a backend for this GPU, or run on one that is offered.",
     )
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"
 
 
 def _sizes(requirements: Requirements, spec: BackendSpec) -> Iterator[Refusal]:

@@ -81,7 +81,7 @@ def _row(
     reasons = None
     if requirements is not None:
         reasons = objections(requirements, spec, host, installed=installed)
-    lowest = offers.compute_capability
+    lowest, highest = offers.compute_capability, offers.highest_compute_capability
     return {
         "backend": spec.name,
         "plugin": backend.plugin,
@@ -89,8 +89,11 @@ def _row(
         "version": backend.version,
         "api": spec.api,
         "requires": list(spec.requires),
+        "also_requires": spec.also_requires,
         "devices": sorted(offers.devices),
         "compute_capability": None if lowest is None else list(lowest),
+        "highest_compute_capability": None if highest is None else list(highest),
+        "gpus": offers.gpus,
         "dtypes": sorted(offers.dtypes),
         "head_dims": None if offers.head_dims is None else sorted(offers.head_dims),
         "page_sizes": None if offers.page_sizes is None else sorted(offers.page_sizes),
@@ -123,7 +126,7 @@ def _grid(rows: list[Row]) -> tuple[list[list[str]], list[str]]:
     lines = [
         ["", *(row["backend"] for row in rows)],
         ["from", *(row["distribution"] for row in rows)],
-        ["requires", *(", ".join(row["requires"]) or "nothing" for row in rows)],
+        ["requires", *(_requires(row) for row in rows)],
         ["devices", *(_devices(row) for row in rows)],
         *(
             [name, *(_set(row[name]) for row in rows)]
@@ -138,9 +141,12 @@ def _grid(rows: list[Row]) -> tuple[list[list[str]], list[str]]:
     return lines, notes
 
 
+def _requires(row: Row) -> str:
+    return ", ".join(filter(None, [*row["requires"], row["also_requires"]])) or "nothing"
+
+
 def _devices(row: Row) -> str:
-    lowest = row["compute_capability"]
-    suffix = f" (compute capability {lowest[0]}.{lowest[1]} and up)" if lowest else ""
+    suffix = f" (compute capability {row['gpus']})" if row["gpus"] else ""
     return ", ".join(row["devices"]) + suffix
 
 

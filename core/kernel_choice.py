@@ -1,7 +1,8 @@
 """Chooses the kernels and proves that they keep their contracts before anything is served.
 
 A provider that fails its self-check on this machine is demoted, and the next one is tried; with
-none left the engine refuses to start.
+none left the engine refuses to start. So it does if an attention backend that declares
+``self_check`` fails its own.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.base import AttentionBackend
+from ..backends.matrix import Selection
+from ..backends.selfcheck import check_backend
 from ..errors import ConfigError, SelfCheckError
 from ..kernels.dispatch import load_kernels, unavailable_reason
 from ..kernels.kernel_set import KernelSet
@@ -100,3 +104,35 @@ def check_decoder(
     )
     mismatches = [mismatch for result in results for mismatch in result.mismatches]
     return mismatches, combined_digest(results)
+
+
+def check_attention_backend(
+    config: EngineConfig, selection: Selection, backend: AttentionBackend
+) -> str:
+    """The digest of the backend's self-check, where it declares one; empty where none was made.
+
+    It is made on a backend and a cache of its own.
+
+    :raises ConfigError: its kernels cannot run.
+    :raises SelfCheckError: it does not keep what it declares; the message has every mismatch.
+    """
+    spec = selection.spec
+    if not (spec.self_check and config.deterministic):
+        return ""
+    try:
+        result = check_backend(type(backend), backend.config, spec.capabilities)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"attention backend {spec.name!r} ({backend.library() or selection.version}) cannot "
+            f"compute its self-check: {type(error).__name__}: {error}. Pass another "
+            f"attention_backend, or install another version: {spec.install}"
+        ) from error
+    if result.mismatches:
+        raise SelfCheckError(
+            f"attention backend {spec.name!r} ({backend.library() or selection.version}) does not "
+            "keep what it declares on this machine, so the engine does not start. Pass another "
+            "attention_backend.\n  " + "\n  ".join(str(m) for m in result.mismatches)
+        )
+    return result.digest

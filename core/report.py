@@ -123,6 +123,20 @@ def report_rows(
     ]
 
 
+def library_parts(library: str, digest: str) -> dict[str, str]:
+    """What the bits depend on of a library that the attention backend found, if it found one."""
+    parts = {"attention_library": library, "attention_self_check": digest}
+    return {key: value for key, value in parts.items() if value}
+
+
+def library_rows(library: str, digest: str) -> list[tuple[str, str, str]]:
+    """Which library serves attention, and that it proved itself, if there is one to be named."""
+    if not (library or digest):
+        return []
+    why = f"self-check {digest}" if digest else "not checked"
+    return [("attention library", library or "its own", why)]
+
+
 def device_rows(
     config: EngineConfig, device: torch.device, memory: DeviceMemory | None, kv_bytes: int
 ) -> list[tuple[str, str, str]]:

@@ -24,7 +24,7 @@ from .config import EngineConfig
 from .devices import compute_capability, current_device, resolve_device
 from .engine import Engine
 from .graphs import DecodeGraphs, graph_sizes
-from .kernel_choice import KernelChoice, choose_kernels
+from .kernel_choice import KernelChoice, check_attention_backend, choose_kernels
 from .memory import DeviceMemory, measure, num_pages
 from .phases import GRAPHS, KERNELS, KV_CACHE, STEP, WEIGHTS, Phases
 from .pieces import PiecewiseGraphs, piece_sizes
@@ -34,6 +34,8 @@ from .report import (
     fingerprint_of,
     fingerprint_parts,
     graphs_row,
+    library_parts,
+    library_rows,
     phases_row,
     pieces_row,
     promise,
@@ -50,7 +52,8 @@ def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, Startu
     """Build an engine that holds what ``config`` asks for.
 
     :raises ConfigError: the request cannot be held; the message has every reason.
-    :raises SelfCheckError: no kernels keep their contract on this machine.
+    :raises SelfCheckError: no kernels keep their contract on this machine, or the attention backend
+        does not keep its declaration.
     """
     device = resolve_device(config.device)
     with current_device(device):
@@ -78,6 +81,7 @@ def _start(
     with phases.timed(KV_CACHE):
         name = choice.kernels.name
         backend = _backend(config, selection, model, dtype, max_model_len, name, device)
+        attention_digest = check_attention_backend(config, selection, backend)
     with phases.timed(STEP):
         memory = _measured(config, choice, device)
     with phases.timed(KV_CACHE):
@@ -98,8 +102,10 @@ def _start(
             _capture(config, runner, config.graph_tokens(device.type, weight_bytes))
     scheduler = _scheduler(config, selection, pages, max_model_len, device.type)
     parts = fingerprint_parts(config, model, digest, dtype, selection, choice, device)
+    parts |= library_parts(backend.library(), attention_digest)
     fingerprint = fingerprint_of(parts)
     rows = report_rows(config, model, dtype, selection, choice, pages, max_model_len, host)
+    rows += library_rows(backend.library(), attention_digest)
     rows[1:1] = device_rows(config, device, memory, pages * bytes_per_page(backend))
     rows.append(steps_row(config, device))
     if runner.graphs is not None:

@@ -95,7 +95,7 @@ def _check_one_linear(
 ) -> None:
     op = f"linear {name} [{linear.out_features}, {linear.in_features}]"
     rows = [m for m in rows if m == rows[0] or m * linear.out_features <= MAX_OUTPUTS]
-    x = _outliers(rows[-1], linear.in_features).to(device, dtype)
+    x = outliers(rows[-1], linear.in_features).to(device, dtype)
     probes = sorted({0, *(m - 1 for m in rows)})
     alone = {i: linear.accumulators(x[i : i + 1])[0] for i in probes}
     for i in probes:
@@ -145,17 +145,13 @@ def check_attention(
     slots = table[0].long()[:, None] * page_size + in_page
     neighbour = table[1].long()[:, None] * page_size + in_page
     # Outliers in v only: in q and k they would put each row's whole weight on one position.
-    q = (
-        _normal(length, num_q_heads * head_dim)
-        .view(length, num_q_heads, head_dim)
-        .to(device, dtype)
-    )
+    q = normal(length, num_q_heads * head_dim).view(length, num_q_heads, head_dim).to(device, dtype)
     k = (
-        _normal(length, num_kv_heads * head_dim)
+        normal(length, num_kv_heads * head_dim)
         .view(length, num_kv_heads, head_dim)
         .to(device, dtype)
     )
-    v = _outliers(length, num_kv_heads * head_dim).view(k.shape).to(device, dtype)
+    v = outliers(length, num_kv_heads * head_dim).view(k.shape).to(device, dtype)
     write_kv(k, v, k_cache, v_cache, slots.flatten()[:length])
     write_kv(k[:70], v[:70], k_cache, v_cache, neighbour.flatten()[:70])
 
@@ -200,9 +196,9 @@ def check_rowwise(
 ) -> CheckResult:
     """Compare rows in a batch with rows alone, and with one thread, for the row-wise ops."""
     result = CheckResult()
-    weight = _outliers(1, hidden)[0].to(device)
+    weight = outliers(1, hidden)[0].to(device)
     table = rope_table(torch.logspace(0, -4, 32), 64).to(device)
-    norm = QkNorm(_normal(1, 64)[0].to(device), _normal(2, 64)[1].to(device), 1e-6)
+    norm = QkNorm(normal(1, 64)[0].to(device), normal(2, 64)[1].to(device), 1e-6)
 
     def rope(x: Tensor, positions: Tensor) -> Tensor:
         heads = x.view(x.shape[0], -1, 64)
@@ -213,22 +209,22 @@ def check_rowwise(
 
     seeds = torch.tensor([0, -1, 42])
     ops: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
-        "rms_norm": (lambda x: kernels.rms_norm(x, weight, 1e-5), [_outliers(33, hidden)]),
+        "rms_norm": (lambda x: kernels.rms_norm(x, weight, 1e-5), [outliers(33, hidden)]),
         "add_rms_norm": (
             lambda x, r: torch.cat(kernels.add_rms_norm(x, r, weight, 1e-5), dim=-1),
-            [_outliers(33, hidden), _outliers(33, hidden).flip(0)],
+            [outliers(33, hidden), outliers(33, hidden).flip(0)],
         ),
-        "rope": (rope, [_outliers(33, 3 * 64), torch.arange(33)]),
-        "rope_qkv": (rope_qkv, [_outliers(33, 3 * 64), torch.arange(33)]),
-        "silu_mul": (kernels.silu_mul, [_outliers(33, 2 * hidden)]),
-        "log_softmax": (kernels.log_softmax, [_outliers(3, vocab)]),
+        "rope": (rope, [outliers(33, 3 * 64), torch.arange(33)]),
+        "rope_qkv": (rope_qkv, [outliers(33, 3 * 64), torch.arange(33)]),
+        "silu_mul": (kernels.silu_mul, [outliers(33, 2 * hidden)]),
+        "log_softmax": (kernels.log_softmax, [outliers(3, vocab)]),
         "gumbel": (lambda s, c, p: kernels.gumbel(s, c, p, vocab), [seeds, seeds.abs(), seeds + 1]),
     }
     choose = kernels.choose
     if choose is not None:
         ops["choose"] = (
             lambda x, s: choose(x, _filtered_draw(s))[1],
-            [_outliers(3, vocab), seeds],
+            [outliers(3, vocab), seeds],
         )
     _check_written(result, kernels, norm, table)
     for op, (run, on_cpu) in ops.items():
@@ -244,7 +240,7 @@ def check_rowwise(
 
 def _check_written(result: CheckResult, kernels: KernelSet, norm: QkNorm, table: Tensor) -> None:
     """Compare what ``rope_qkv_write`` stores with what ``rope_qkv`` gives, slot by slot."""
-    qkv, positions = _outliers(33, 3 * 64).to(table.device), torch.arange(33, device=table.device)
+    qkv, positions = outliers(33, 3 * 64).to(table.device), torch.arange(33, device=table.device)
     slots = 4 + positions.flip(0)
     caches = [torch.full((10, 4, 1, 64), torch.nan, device=table.device) for _ in range(2)]
     given = (qkv, 1, 1, norm, table, positions)
@@ -277,15 +273,15 @@ def combined_digest(results: Iterable[CheckResult]) -> str:
     return hashlib.sha256("".join(r.digest for r in results).encode()).hexdigest()[:12]
 
 
-def _normal(rows: int, columns: int) -> Tensor:
+def normal(rows: int, columns: int) -> Tensor:
     """fp32 normal variates, the same for the same shape."""
     generator = torch.Generator().manual_seed(rows * 1_000_003 + columns)
     return torch.randn(rows, columns, generator=generator)
 
 
-def _outliers(rows: int, columns: int) -> Tensor:
+def outliers(rows: int, columns: int) -> Tensor:
     """fp32 normal variates, every 97th column a hundred times larger."""
-    x = _normal(rows, columns)
+    x = normal(rows, columns)
     x[:, 5::OUTLIER_STEP] *= OUTLIER_FACTOR
     return x
 

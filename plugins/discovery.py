@@ -12,7 +12,11 @@ GROUP = "isobit.plugins"
 
 DISTRIBUTION = "isobit"
 
-BUILT_IN = {"torch": "isobit.backends.torch", "triton": "isobit.backends.triton"}
+BUILT_IN = {
+    "fa3": "isobit.backends.fa3",
+    "torch": "isobit.backends.torch",
+    "triton": "isobit.backends.triton",
+}
 """Isobit's own entry points, as its ``pyproject.toml`` declares them."""
 
 

@@ -133,6 +133,7 @@ def _versions(subject: Subject, device: str) -> dict[str, str]:
     versions = {
         "isobit": __version__,
         subject.distribution: subject.version,
+        **({"library": library} if (library := subject.factory.library()) else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ...backends.base import AttentionBackend
-from ...backends.capabilities import BackendSpec
+from ...backends.capabilities import BackendSpec, dotted
 from ...backends.matrix import load_factory
 from ...backends.rules import missing_distributions
 from ...errors import ConfigError
@@ -68,9 +68,9 @@ def why_not_here(device: str, spec: BackendSpec) -> str | None:
         return f"the suite knows no device {device!r}"
     if not torch.cuda.is_available():
         return "there is no CUDA device"
-    lowest, found = spec.capabilities.compute_capability, torch.cuda.get_device_capability()
-    if lowest is not None and found < lowest:
-        return f"it needs compute capability {lowest}, and the device has {found}"
+    offers, found = spec.capabilities, torch.cuda.get_device_capability()
+    if not offers.serves_gpu(found):
+        return f"it needs compute capability {offers.gpus}, and the device has {dotted(found)}"
     return None
 
 

@@ -34,7 +34,7 @@ def test_every_folder_of_modules_is_a_package() -> None:
 def test_importing_the_package_imports_no_torch() -> None:
     program = (
         "import sys, isobit, isobit.plugins, isobit.backends.torch\n"
-        "import isobit.backends.triton\n"
+        "import isobit.backends.triton, isobit.backends.fa3\n"
         "assert isobit.__version__\n"
         "assert set(isobit.__all__) <= set(dir(isobit))\n"
         "assert isobit.SamplingParams(temperature=0).greedy\n"

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from isobit.backends.capabilities import FEATURES, Conditional, Refusal, Supported, Unsupported
 from isobit.backends.matrix import (
     AUTO_ORDER,
+    BY_NAME_ONLY,
     BackendRefusedError,
     Resolved,
     select_backend,
@@ -25,7 +26,7 @@ def veto(config, spec):
 
 
 def test_auto_order_is_the_documented_one():
-    assert AUTO_ORDER == ("triton", "fa3", "flashinfer", "torch")
+    assert AUTO_ORDER == ("triton", "flashinfer", "torch")
 
 
 def test_a_backend_is_taken_by_name(make_host, make_spec, make_requirements):
@@ -70,21 +71,32 @@ def test_a_disabled_backend_is_refused_with_the_reason(make_host, make_spec, mak
 def test_a_contested_backend_is_refused_by_name_and_skipped_by_auto(
     make_host, make_spec, make_requirements
 ):
-    host = make_host(make_spec("fa3"), make_spec("fa3"), make_spec("torch"))
+    host = make_host(make_spec("triton"), make_spec("triton"), make_spec("torch"))
     with pytest.raises(ConfigError, match=r"plugin 'plugin0' of dist0 1\.0 and plugin 'plugin1'"):
-        select_backend("fa3", make_requirements(), host)
+        select_backend("triton", make_requirements(), host)
     selection = select_backend("auto", make_requirements(), host)
     assert selection.spec.name == "torch"
-    assert list(selection.rejected) == ["fa3"]
-    assert "is offered by plugin 'plugin0'" in selection.rejected["fa3"]
+    assert list(selection.rejected) == ["triton"]
+    assert "is offered by plugin 'plugin0'" in selection.rejected["triton"]
 
 
 def test_auto_walks_the_order_then_the_alphabet(make_host, make_spec, make_requirements):
-    names = ["zebra", "torch", "alpha", "flashinfer", "fa3", "triton"]
+    names = ["zebra", "torch", "alpha", "flashinfer", "triton"]
     for expected in [*AUTO_ORDER, "alpha", "zebra"]:
         host = make_host(*(make_spec(name) for name in names))
         assert select_backend("auto", make_requirements(), host).spec.name == expected
         names.remove(expected)
+
+
+def test_auto_does_not_take_what_is_not_proved(make_host, make_spec, make_requirements):
+    host = make_host(make_spec("fa3"), make_spec("zebra"))
+    selection = select_backend("auto", make_requirements(), host)
+    assert selection.spec.name == "zebra"
+    assert selection.rejected == {"fa3": f"{BY_NAME_ONLY['fa3']}."}
+    assert "not proved on a GPU yet" in selection.rejected["fa3"]
+    assert select_backend("fa3", make_requirements(), host).spec.name == "fa3"
+    with pytest.raises(ConfigError, match="fa3: not proved"):
+        select_backend("auto", make_requirements(), make_host(make_spec("fa3")))
 
 
 def test_auto_says_why_the_earlier_ones_were_not_taken(make_host, make_spec, make_requirements):

@@ -106,6 +106,27 @@ def test_compute_capability(make_requirements, make_spec, device, have, refused)
     assert rules(found) == (["compute_capability"] if refused else [])
 
 
+@pytest.mark.parametrize(
+    ("lowest", "highest", "words", "served"),
+    [
+        (None, None, "", [None, (7, 5), (12, 0)]),
+        ((9, 0), None, "9.0 and up", [(9, 0), (12, 0)]),
+        ((9, 0), (9, 0), "9.0", [(9, 0)]),
+        ((8, 0), (9, 0), "8.0 to 9.0", [(8, 0), (8, 9), (9, 0)]),
+        (None, (9, 0), "up to 9.0", [(7, 5), (8, 0), (8, 9), (9, 0)]),
+    ],
+)
+def test_a_range_of_compute_capabilities(
+    make_requirements, make_spec, lowest, highest, words, served
+):
+    spec = make_spec(compute_capability=lowest, highest_compute_capability=highest)
+    assert spec.capabilities.gpus == words
+    for have in (None, (7, 5), (8, 0), (8, 9), (9, 0), (12, 0)):
+        found = refusals(make_requirements(device="cuda", compute_capability=have), spec)
+        assert bool(found) == (words != "" and have not in served)
+        assert all(refusal.offered == words for refusal in found)
+
+
 def test_undeclared_sizes_mean_any_but_undeclared_features_mean_none(make_requirements, make_spec):
     spec = make_spec(features={})
     assert refusals(make_requirements(head_dim=7, page_size=1000), spec) == []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
@@ -46,6 +48,14 @@ def test_rows_for_requirements_say_what_is_refused(host, make_requirements):
     assert [r["rule"] for r in weak["refusals"]] == ["requires", "device", "radix_cache"]
     assert set(weak["refusals"][0]) == {"rule", "wanted", "offered", "remedy"}
     assert able["features"]["cuda_graph"]["state"] == "unsupported"
+
+
+def test_what_no_requirement_string_can_say_is_in_the_table(make_host, make_spec):
+    plain, wordy, both = make_spec("a"), make_spec("b"), make_spec("c", requires=("x>=1",))
+    wordy, both = (replace(spec, also_requires="an x or a y") for spec in (wordy, both))
+    lines = text_table(matrix_rows(make_host(plain, wordy, both))).splitlines()
+    (line,) = [line for line in lines if line.startswith("requires")]
+    assert re.split(r"\s{2,}", line)[1:] == ["nothing", "an x or a y", "x>=1, an x or a y"]
 
 
 def test_text_table(host, make_requirements):
