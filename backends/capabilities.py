@@ -122,6 +122,8 @@ class BackendSpec:
     capabilities: what it can hold
     requires: distributions that must be installed, as requirement strings
     install:  the line a user types to get them
+    unproved: why ``"auto"`` passes it over, and the proved matrix leaves it out: what nobody has
+        shown yet; empty once it is proved
 
     :raises ConfigError: a value of the wrong type, or the name ``"auto"``.
     """
@@ -132,9 +134,10 @@ class BackendSpec:
     capabilities: Capabilities
     requires: tuple[str, ...] = ()
     install: str = ""
+    unproved: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("name", "factory", "install"):
+        for name in ("name", "factory", "install", "unproved"):
             _check_type(name, getattr(self, name), (str,))
         _check_type("api", self.api, (int,))
         _check_type("capabilities", self.capabilities, (Capabilities,))

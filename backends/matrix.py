@@ -169,7 +169,9 @@ def _select_auto(
     usable = host.backends()
     rejected: dict[str, str] = {}
     for name in _auto_names(host):
-        if name in usable:
+        if name in usable and usable[name].spec.unproved:
+            rejected[name] = f"{usable[name].spec.unproved}: it is taken by name only."
+        elif name in usable:
             reasons = objections(requirements, usable[name].spec, host, installed=installed)
             objection = " ".join(map(str, reasons)) or _broken(probe, usable[name].spec)
             if not objection:

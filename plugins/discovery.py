@@ -12,7 +12,11 @@ GROUP = "isobit.plugins"
 
 DISTRIBUTION = "isobit"
 
-BUILT_IN = {"torch": "isobit.backends.torch", "triton": "isobit.backends.triton"}
+BUILT_IN = {
+    "flashinfer": "isobit.backends.flashinfer",
+    "torch": "isobit.backends.torch",
+    "triton": "isobit.backends.triton",
+}
 """Isobit's own entry points, as its ``pyproject.toml`` declares them."""
 
 

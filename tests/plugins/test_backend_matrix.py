@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,6 +28,14 @@ def veto(config, spec):
 
 def test_auto_order_is_the_documented_one():
     assert AUTO_ORDER == ("triton", "fa3", "flashinfer", "torch")
+
+
+def test_what_is_unproved_is_taken_by_name_only(make_host, make_spec, make_requirements):
+    host = make_host(replace(make_spec("triton"), unproved="never run"), make_spec("torch"))
+    assert select_backend("triton", make_requirements(), host).spec.name == "triton"
+    selection = select_backend("auto", make_requirements(), host)
+    assert selection.spec.name == "torch"
+    assert selection.rejected == {"triton": "never run: it is taken by name only."}
 
 
 def test_a_backend_is_taken_by_name(make_host, make_spec, make_requirements):
