@@ -208,6 +208,18 @@ class BatchDecodeWithPagedKVCacheWrapper(FakeWrapper):
         )
 
 
+FAKES = {
+    cls.__name__: cls
+    for cls in (BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithPagedKVCacheWrapper)
+}
+
+
+@pytest.fixture
+def fakes() -> dict[str, type[FakeWrapper]]:
+    """The fake's wrappers by name."""
+    return FAKES
+
+
 @pytest.fixture
 def log() -> list:
     """Every plan: the wrapper's name and how many sequences."""
@@ -227,8 +239,8 @@ def ours(log, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
         return make
 
-    for cls in (BatchPrefillWithPagedKVCacheWrapper, BatchDecodeWithPagedKVCacheWrapper):
-        setattr(fake, cls.__name__, maker(cls))
+    for name, cls in FAKES.items():
+        setattr(fake, name, maker(cls))
     monkeypatch.setitem(sys.modules, "flashinfer", fake)
     names = [f"isobit.backends.flashinfer_{name}" for name in OURS]
     for name in names:
