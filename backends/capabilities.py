@@ -145,6 +145,8 @@ class BackendSpec:
     install:  the line a user types to get them
     self_check: whether the backend must prove its declaration at every deterministic start-up,
         because a library that Isobit does not pin chooses its kernels
+    unproved: why ``"auto"`` passes it over, and the proved matrix leaves it out: what nobody has
+        shown yet; empty once it is proved
 
     :raises ConfigError: a value of the wrong type, or the name ``"auto"``.
     """
@@ -157,9 +159,10 @@ class BackendSpec:
     also_requires: str = ""
     install: str = ""
     self_check: bool = False
+    unproved: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("name", "factory", "also_requires", "install"):
+        for name in ("name", "factory", "also_requires", "install", "unproved"):
             _check_type(name, getattr(self, name), (str,))
         _check_type("api", self.api, (int,))
         _check_type("capabilities", self.capabilities, (Capabilities,))

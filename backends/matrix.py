@@ -10,7 +10,6 @@ import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -29,13 +28,8 @@ if TYPE_CHECKING:
     from ..plugins.manager import PluginHost, RegisteredBackend
     from .base import AttentionBackend
 
-AUTO_ORDER = ("triton", "flashinfer", "torch")
+AUTO_ORDER = ("triton", "fa3", "flashinfer", "torch")
 """The order in which ``"auto"`` tries backends; those not listed follow by name."""
-
-BY_NAME_ONLY: Mapping[str, str] = MappingProxyType(
-    {"fa3": "not proved on a GPU yet: it is taken only by name, attention_backend='fa3'"}
-)
-"""Backends that ``"auto"`` does not take, each with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +184,8 @@ def _select_auto(
     usable = host.backends()
     rejected: dict[str, str] = {}
     for name in _auto_names(host):
-        if name in usable and name in BY_NAME_ONLY:
-            rejected[name] = f"{BY_NAME_ONLY[name]}."
+        if name in usable and usable[name].spec.unproved:
+            rejected[name] = f"{usable[name].spec.unproved}: it is taken by name only."
         elif name in usable:
             reasons = objections(requirements, usable[name].spec, host, installed=installed)
             objection = " ".join(map(str, reasons)) or _broken(probe, usable[name].spec)

@@ -102,6 +102,7 @@ def _row(
         "alignment": offers.alignment,
         "decode_equals_prefill": offers.decode_equals_prefill,
         "engine_writes_kv": offers.engine_writes_kv,
+        "unproved": spec.unproved,
         "features": {
             name: _cell(cell_for(name, requirements, spec) if requirements else offers.cell(name))
             for name in FEATURES
@@ -136,6 +137,8 @@ def _grid(rows: list[Row]) -> tuple[list[list[str]], list[str]]:
         ["alignment", *(str(row["alignment"]) for row in rows)],
         *([name, *(_feature(name, row, notes) for row in rows)] for name in FEATURES),
     ]
+    if any(row["unproved"] for row in rows):
+        lines.append(["taken by auto", *(_by_auto(row, notes) for row in rows)])
     if any(row["refusals"] is not None for row in rows):
         lines.append(["serves what is asked", *(_verdict(row, notes) for row in rows)])
     return lines, notes
@@ -158,6 +161,11 @@ def _feature(name: str, row: Row, notes: list[str]) -> str:
     cell = row["features"][name]
     word = {"supported": "yes", "conditional": "yes", "unsupported": "no"}[cell["state"]]
     return word + _point(f"{row['backend']}, {name}: {cell['why']}" if cell["why"] else "", notes)
+
+
+def _by_auto(row: Row, notes: list[str]) -> str:
+    why = f"{row['backend']}: {row['unproved']}" if row["unproved"] else ""
+    return ("no" if why else "yes") + _point(why, notes)
 
 
 def _verdict(row: Row, notes: list[str]) -> str:

@@ -21,11 +21,16 @@ FOLDER = Path(__file__).parent / "proofs"
 
 
 def proved_matrix(candidates: Iterable[Candidate]) -> str:
-    """The matrix of the candidates' backends; a letter in a cell points to its proof below."""
+    """The matrix of the candidates' backends; a letter in a cell points to its proof below.
+
+    A backend whose plugin says that it is unproved is left out.
+    """
     host = PluginHost(candidates=list(candidates))
     records = read_records(host)
     letters = dict(zip(ascii_lowercase, records, strict=False))
-    table = markdown_table(matrix_rows(host), lambda row, cell: marks(letters, row, cell))
+    backends = host.backends()
+    rows = [row for row in matrix_rows(host) if not backends[row["backend"]].spec.unproved]
+    table = markdown_table(rows, lambda row, cell: marks(letters, row, cell))
     lines = [f"- ({letter}) {where(record)}" for letter, record in letters.items()]
     return f"{table}\n\nProved, by letter:\n\n" + "\n".join(lines) + "\n" if lines else table + "\n"
 

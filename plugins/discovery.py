@@ -14,6 +14,7 @@ DISTRIBUTION = "isobit"
 
 BUILT_IN = {
     "fa3": "isobit.backends.fa3",
+    "flashinfer": "isobit.backends.flashinfer",
     "torch": "isobit.backends.torch",
     "triton": "isobit.backends.triton",
 }

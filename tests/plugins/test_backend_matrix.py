@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,6 @@ from hypothesis import strategies as st
 from isobit.backends.capabilities import FEATURES, Conditional, Refusal, Supported, Unsupported
 from isobit.backends.matrix import (
     AUTO_ORDER,
-    BY_NAME_ONLY,
     BackendRefusedError,
     Resolved,
     select_backend,
@@ -26,7 +27,15 @@ def veto(config, spec):
 
 
 def test_auto_order_is_the_documented_one():
-    assert AUTO_ORDER == ("triton", "flashinfer", "torch")
+    assert AUTO_ORDER == ("triton", "fa3", "flashinfer", "torch")
+
+
+def test_what_is_unproved_is_taken_by_name_only(make_host, make_spec, make_requirements):
+    host = make_host(replace(make_spec("triton"), unproved="never run"), make_spec("torch"))
+    assert select_backend("triton", make_requirements(), host).spec.name == "triton"
+    selection = select_backend("auto", make_requirements(), host)
+    assert selection.spec.name == "torch"
+    assert selection.rejected == {"triton": "never run: it is taken by name only."}
 
 
 def test_a_backend_is_taken_by_name(make_host, make_spec, make_requirements):
@@ -81,22 +90,11 @@ def test_a_contested_backend_is_refused_by_name_and_skipped_by_auto(
 
 
 def test_auto_walks_the_order_then_the_alphabet(make_host, make_spec, make_requirements):
-    names = ["zebra", "torch", "alpha", "flashinfer", "triton"]
+    names = ["zebra", "torch", "alpha", "flashinfer", "fa3", "triton"]
     for expected in [*AUTO_ORDER, "alpha", "zebra"]:
         host = make_host(*(make_spec(name) for name in names))
         assert select_backend("auto", make_requirements(), host).spec.name == expected
         names.remove(expected)
-
-
-def test_auto_does_not_take_what_is_not_proved(make_host, make_spec, make_requirements):
-    host = make_host(make_spec("fa3"), make_spec("zebra"))
-    selection = select_backend("auto", make_requirements(), host)
-    assert selection.spec.name == "zebra"
-    assert selection.rejected == {"fa3": f"{BY_NAME_ONLY['fa3']}."}
-    assert "not proved on a GPU yet" in selection.rejected["fa3"]
-    assert select_backend("fa3", make_requirements(), host).spec.name == "fa3"
-    with pytest.raises(ConfigError, match="fa3: not proved"):
-        select_backend("auto", make_requirements(), make_host(make_spec("fa3")))
 
 
 def test_auto_says_why_the_earlier_ones_were_not_taken(make_host, make_spec, make_requirements):

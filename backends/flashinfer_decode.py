@@ -1,0 +1,200 @@
+"""Decodes by FlashInfer, in ordinary and in captured steps."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .base import AttentionConfig, Batch
+from .flashinfer_pages import flat_pages, last_page_len, num_pages, on_host, page_lists
+from .flashinfer_workspace import workspace
+from .flashinfer_wrappers import Wrapper, decode_wrapper, float_workspace, scoring, windows
+
+
+class Decodes(Protocol):
+    """A way to decode."""
+
+    def plan(self, batch: Batch) -> dict[int, Wrapper]:
+        """The wrappers by window, planned for the batch's decodes.
+
+        A step that may be recorded is planned into the same wrappers and addresses every time, so
+        that planning it again refreshes what a recorded step reads.
+        """
+
+    def capture(self, max_num_seqs: int) -> None:
+        """Allocate what recorded steps of up to so many sequences read."""
+
+
+class UnsplitDecodes:
+    """Decodes that are never split, so that no bit depends on the batch.
+
+    Such a plan says only which tile belongs to which sequence: it depends on the number of
+    sequences alone, and is made once for each. What changes from step to step, pages and lengths,
+    the kernel reads from tensors that are refreshed on the device. Captured steps use plans of the
+    ordinary kind: FlashInfer's own for graphs launch more tiles than they list, which then read
+    what an older plan left (flashinfer-ai/flashinfer issue 4002).
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        self._config = config
+        self._captured: _Room | None = None
+        self._ordinary = _Room(config, 1, 1)
+
+    def plan(self, batch: Batch) -> dict[int, Wrapper]:
+        decodes = batch.num_decodes
+        room = self._captured
+        if room is None or not batch.num_seqs == decodes <= room.most_seqs:
+            room = self._grown(batch)
+        return room.plan(batch)
+
+    def capture(self, max_num_seqs: int) -> None:
+        """Bytes: 4 a page of ``max_num_seqs`` sequences of ``max_model_len`` tokens."""
+        c = self._config
+        pages = num_pages(c.max_model_len, c.page_size)
+        self._captured = _Room(c, max_num_seqs, max_num_seqs * pages)
+
+    def _grown(self, batch: Batch) -> _Room:
+        """The room of ordinary steps, twice as large where it was too small."""
+        room, decodes = self._ordinary, batch.num_decodes
+        pages = sum(num_pages(n, self._config.page_size) for n in batch.kv_lens[:decodes])
+        if decodes > room.most_seqs or pages > room.most_pages:
+            room.drain()
+            seqs, most = max(2 * decodes, room.most_seqs), max(2 * pages, room.most_pages)
+            self._ordinary = _Room(self._config, seqs, most)
+        return self._ordinary
+
+
+class _Room:
+    """The tensors that unsplit decodes read, and the wrappers planned on them.
+
+    One step at a time uses it, in the order of the stream.
+    """
+
+    def __init__(self, config: AttentionConfig, most_seqs: int, most_pages: int) -> None:
+        def ones(size: int) -> Tensor:
+            return torch.ones(size, dtype=torch.int32, device=config.device)
+
+        self.most_seqs, self.most_pages = most_seqs, most_pages
+        self._config = config
+        self._indptr = ones(most_seqs + 1)
+        self._last_page_len = ones(most_seqs)
+        self._indices = ones(most_pages)
+        self._floats = float_workspace(0, config.device)
+        self._wrappers: dict[int, dict[int, Wrapper]] = {}
+
+    def plan(self, batch: Batch) -> dict[int, Wrapper]:
+        """Refresh the tensors; plan where so many sequences are met for the first time."""
+        n, page_size = batch.num_decodes, self._config.page_size
+        seq_lens = batch.seq_lens[:n]
+        total = sum(num_pages(length, page_size) for length in batch.kv_lens[:n])
+        indptr, indices = flat_pages(batch.block_table[:n], seq_lens, page_size, total)
+        self._indptr[: n + 1].copy_(indptr)
+        self._indices[:total].copy_(indices)
+        self._last_page_len[:n].copy_(last_page_len(seq_lens, page_size))
+        if n not in self._wrappers:
+            self._wrappers[n] = self._planned(batch)
+        return self._wrappers[n]
+
+    def drain(self) -> None:
+        """Wait until this room may be freed: until the copies of its plans are done."""
+        for wrappers in self._wrappers.values():
+            for wrapper in wrappers.values():
+                wrapper.drain()
+
+    def _planned(self, batch: Batch) -> dict[int, Wrapper]:
+        """Wrappers on this room's tensors: FlashInfer keeps a tensor that is on the device."""
+        c, n = self._config, batch.num_decodes
+        room = workspace(c.num_q_heads, c.num_kv_heads, c.head_dim, c.device)
+        wrappers = {}
+        for window in windows(c):
+            wrapper = decode_wrapper(self._floats, room.decode_int_bytes(n))
+            wrapper.plan(
+                self._indptr[: n + 1],
+                self._indices,
+                self._last_page_len[:n],
+                c.num_q_heads,
+                c.num_kv_heads,
+                c.head_dim,
+                c.page_size,
+                seq_lens=on_host(batch.kv_lens[:n], c.device),
+                disable_split_kv=True,
+                **scoring(c, window),
+            )
+            wrappers[window] = wrapper
+        return wrappers
+
+
+class SplitDecodes:
+    """Decodes that FlashInfer splits as it likes, for engines whose constraints are lifted.
+
+    Every step is planned on the host. Captured steps have wrappers of their own, one a number of
+    sequences and window, which FlashInfer plans for graphs.
+    """
+
+    def __init__(self, config: AttentionConfig) -> None:
+        self._config = config
+        self._room = workspace(
+            config.num_q_heads, config.num_kv_heads, config.head_dim, config.device
+        )
+        room = self._room
+        tile = room.tile(room.group)
+        floats = float_workspace(room.split_bytes(room.most_split, tile), config.device)
+        self._ordinary = {
+            window: decode_wrapper(floats, room.decode_int_bytes(1)) for window in windows(config)
+        }
+        self._captured: dict[int, dict[int, Wrapper]] = {}
+        self._most_seqs = 0
+        self._floats = floats
+
+    def plan(self, batch: Batch) -> dict[int, Wrapper]:
+        c, n = self._config, batch.num_decodes
+        wrappers = self._ordinary
+        if batch.num_seqs == n <= self._most_seqs:
+            if n not in self._captured:
+                self._captured[n] = self._for_graphs(n)
+            wrappers = self._captured[n]
+        pages = page_lists(batch, 0, n, c.page_size)
+        for window, wrapper in wrappers.items():
+            wrapper.plan(
+                pages.indptr,
+                pages.indices,
+                pages.last_page_len,
+                c.num_q_heads,
+                c.num_kv_heads,
+                c.head_dim,
+                c.page_size,
+                seq_lens=pages.kv_lens,
+                int_bytes=self._room.decode_int_bytes(n),
+                **scoring(c, window),
+            )
+        return wrappers
+
+    def capture(self, max_num_seqs: int) -> None:
+        """The float workspace that recorded steps share is that of the largest: it stays fixed."""
+        room = self._room
+        tile = room.tile(room.group)
+        num_bytes = room.split_bytes(room.decode_tiles(max_num_seqs), tile)
+        self._floats = float_workspace(num_bytes, self._config.device)
+        self._most_seqs = max_num_seqs
+
+    def _for_graphs(self, num_seqs: int) -> dict[int, Wrapper]:
+        c = self._config
+
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=torch.int32, device=c.device)
+
+        most_pages = num_seqs * num_pages(c.max_model_len, c.page_size)
+        indices = zeros(most_pages)
+        return {
+            window: decode_wrapper(
+                self._floats,
+                self._room.decode_int_bytes(num_seqs),
+                use_cuda_graph=True,
+                paged_kv_indptr_buffer=zeros(num_seqs + 1),
+                paged_kv_indices_buffer=indices,
+                paged_kv_last_page_len_buffer=zeros(num_seqs),
+            )
+            for window in windows(c)
+        }
