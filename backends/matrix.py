@@ -22,6 +22,7 @@ from .capabilities import (
     Supported,
     Unsupported,
 )
+from .pair import parts_of
 from .rules import Installed, cell_for, installed_version, refusals
 
 if TYPE_CHECKING:
@@ -106,12 +107,17 @@ def objections(
     *,
     installed: Installed = installed_version,
 ) -> list[Refusal]:
-    """All reasons against ``spec``: what the rules refuse, then what the plugins veto."""
+    """All reasons against ``spec``: what the rules refuse, then what the plugins veto.
+
+    Of a pair the plugins are asked for the pair and for each of the two, as a check looks for the
+    name of its own backend.
+    """
     features = {
         name: resolved.value for name, resolved in resolve_features(requirements, spec).items()
     }
     resolved = replace(requirements, features=features)
-    return refusals(requirements, spec, installed=installed) + host.check(resolved, spec)
+    vetoes = [veto for one in (spec, *parts_of(spec)) for veto in host.check(resolved, one)]
+    return refusals(requirements, spec, installed=installed) + list(dict.fromkeys(vetoes))
 
 
 def resolve_features(requirements: Requirements, spec: BackendSpec) -> dict[str, Resolved]:
@@ -131,6 +137,8 @@ def load_factory(spec: BackendSpec) -> type[AttentionBackend]:
     """
     from .base import AttentionBackend
 
+    for part in parts_of(spec):
+        load_factory(part)  # so that what is wrong is said of the one that it is wrong with
     prefix = f"attention backend {spec.name!r}: its factory {spec.factory!r}"
     module_name, colon, class_name = spec.factory.partition(":")
     if not (module_name and colon and class_name):

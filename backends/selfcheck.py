@@ -63,16 +63,16 @@ def _check_layer(result: CheckResult, subject: _Subject, offers: Capabilities) -
     result.expect_equal(op, "again", whole, subject.attend(_Piece(0, 0, length))[0])
     neighbour = _Piece(1, 0, subject.lengths[1])
     subject.attend(neighbour)  # a backend that writes K and V has them now
-    edges = [p for p in _EDGES if p < length]
-    for position in {*edges, length - 1}:
-        if not subject.is_right(position, whole[position]):
-            what = f"at position {position} than attention in float64, beyond any rounding"
-            result.mismatches.append(Mismatch(op, what))
+    edges = [*(p for p in _EDGES if p < length), length - 1]
+    _expect_right(result, op, "at", subject, edges, whole[edges])
     decodes = [_Piece(0, p, p + 1, decode=True) for p in [*edges, *_spread(length, _CROWDS[-1])]]
     alone = torch.cat([subject.attend(piece)[0] for piece in decodes])
     if offers.decode_equals_prefill:
         rows = whole[[piece.start for piece in decodes]]
         result.expect_equal(op, "by decoding", rows, alone)
+    else:  # bits of their own, which must be attention too
+        result.record(alone)
+        _expect_right(result, op, "decoding", subject, edges, alone)
     for count in _CROWDS:
         for first in range(0, len(decodes), count):
             together = torch.cat(subject.attend(*decodes[first : first + count]))
@@ -86,6 +86,20 @@ def _check_layer(result: CheckResult, subject: _Subject, offers: Capabilities) -
         cuts = sorted({0, length, *(c for cut in _CUTS if (c := -(-cut // step) * step) < length)})
         chunks = [subject.attend(_Piece(0, a, b))[0] for a, b in pairwise(cuts)]
         result.expect_equal(op, "in chunks", whole, torch.cat(chunks))
+
+
+def _expect_right(
+    result: CheckResult,
+    op: str,
+    how: str,
+    subject: _Subject,
+    positions: Sequence[int],
+    rows: Tensor,
+) -> None:
+    for position, row in zip(positions, rows, strict=False):
+        if not subject.is_right(position, row):
+            what = f"{how} position {position} than attention in float64, beyond any rounding"
+            result.mismatches.append(Mismatch(op, what))
 
 
 def _spread(length: int, count: int) -> list[int]:

@@ -30,14 +30,16 @@ def matrix_rows(
     host: PluginHost,
     requirements: Requirements | None = None,
     *,
+    pair: RegisteredBackend | None = None,
     installed: Installed = installed_version,
 ) -> list[Row]:
-    """One row a usable backend, sorted by name.
+    """One row a usable backend, sorted by name; last that of a pair, if one is given.
 
     With ``requirements``, cells say what holds under them and ``refusals`` lists all objections;
     without, cells are as declared and ``refusals`` is ``None``.
     """
-    return [_row(b, host, requirements, installed) for b in host.backends().values()]
+    backends = [*host.backends().values(), *([pair] if pair else [])]
+    return [_row(backend, host, requirements, installed) for backend in backends]
 
 
 def text_table(rows: list[Row]) -> str:

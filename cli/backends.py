@@ -47,14 +47,16 @@ def command(
     if quick and not prove:
         raise click.UsageError("--quick is for --prove; add it.")
     check_report(report)
+    from ..backends.pair import parse_pair
     from ..backends.table import matrix_rows, text_table
     from ..plugins.manager import PluginHost
 
     kwargs = engine_kwargs(options)
     host = PluginHost(disabled=kwargs["disable_plugins"], strict_plugins=kwargs["strict_plugins"])
     requirements = _requirements(kwargs) if explain else None
-    rows = matrix_rows(host, requirements)
-    taken = _taken(kwargs["attention_backend"], requirements, host) if requirements else None
+    name = kwargs["attention_backend"]
+    rows = matrix_rows(host, requirements, pair=host.require(name) if parse_pair(name) else None)
+    taken = _taken(name, requirements, host) if requirements else None
     proofs, told = prove_all(host, quick=quick) if prove else ([], [])
     if as_json:
         found = {"backends": rows, "problems": host.problems(), "taken": taken}

@@ -56,7 +56,7 @@ def engine_options(function: F) -> F:
             "--attention-backend",
             default="auto",
             show_default=True,
-            help="A backend's name, or auto; see isobit backends.",
+            help="A backend's name, auto, or prefill=NAME,decode=NAME; see isobit backends.",
         ),
         click.option(
             "--enable-deterministic-inference/--no-deterministic-inference",

@@ -26,7 +26,8 @@ class EngineConfig:
 
     :param model: ``"smollm2"`` (the packaged model), a Hugging Face folder, or, with
         ``load_format="random"``, the name of a built-in shape.
-    :param attention_backend: a backend's name, or ``"auto"``: the first that holds what is asked.
+    :param attention_backend: a backend's name; ``"auto"``: the first that holds what is asked; or
+        ``"prefill=NAME,decode=NAME"``: one for each phase, judged by what both declare.
     :param deterministic: hold every invariance. ``False`` lifts the constraints: kernels and
         backends may choose their reduction order by the batch.
     :param dtype: ``"float32"``, ``"bfloat16"`` or ``"auto"``: the checkpoint's where the backend

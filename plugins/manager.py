@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..backends.capabilities import BackendSpec, Refusal, Requirements, did_you_mean
+from ..backends.pair import join, parse_pair
 from ..errors import ConfigError
 from .admission import PluginError, ask, check_specs, load, new_manager, register
 from .discovery import Candidate, discover
@@ -110,14 +111,17 @@ class PluginHost:
         }
 
     def require(self, name: str) -> RegisteredBackend:
-        """The backend ``name``, which somebody asked for.
+        """The backend ``name``, or the pair ``prefill=NAME,decode=NAME``, that somebody asked for.
 
-        :raises ConfigError: it does not exist, is contested, or its plugin was not loaded; with
-            the reason.
+        :raises ConfigError: it does not exist, is contested, or its plugin was not loaded, or the
+            two cannot be a pair; with the reason.
         """
         usable = self.backends()
         if name in usable:
             return usable[name]
+        pair = parse_pair(name)
+        if pair is not None:
+            return _paired(*map(self.require, pair))
         reason = self.unavailable(name)
         if reason is not None:
             raise ConfigError(f"attention backend {name!r} cannot be used: {reason}.")
@@ -203,6 +207,17 @@ class PluginHost:
             f"the entry-point name {candidate.name!r} is used by {rivals}, and none of them is "
             "loaded. Uninstall all but one",
         )
+
+
+def _paired(prefill: RegisteredBackend, decode: RegisteredBackend) -> RegisteredBackend:
+    """The pair, from where both come."""
+    sources = zip(
+        (prefill.plugin, prefill.distribution, prefill.version),
+        (decode.plugin, decode.distribution, decode.version),
+        strict=True,
+    )
+    origin = (a if a == b else f"{a} and {b}" for a, b in sources)
+    return RegisteredBackend(join(prefill.spec, decode.spec), *origin)
 
 
 def _record(
