@@ -40,7 +40,8 @@ def isobit_check(config: Requirements, spec: BackendSpec) -> Iterable[Refusal]:
     """Object to a backend for what a start-up asks, whoever brings that backend.
 
     Called at start-up for every backend that is considered, after the declared capabilities were
-    compared. The start-up goes on only if nobody objects.
+    compared; for a pair of backends it is called with the pair's spec and with those of the two.
+    The start-up goes on only if nobody objects.
 
     :param config: what is asked. No feature is left open: each is ``True`` or ``False`` as it
         would be with this backend.

@@ -15,6 +15,7 @@ from isobit.backends import selfcheck
 from isobit.backends.base import AttentionBackend, AttentionConfig
 from isobit.backends.capabilities import BackendSpec
 from isobit.backends.matrix import load_factory
+from isobit.backends.pair import join
 from isobit.backends.selfcheck import check_backend
 from isobit.core import llm as llm_module
 from isobit.errors import ConfigError, SelfCheckError
@@ -98,6 +99,27 @@ def test_what_is_not_declared_is_not_judged() -> None:
     weaker = replace(spec.capabilities, decode_equals_prefill=False)
     found = check_backend(load_factory(spec), CONFIG, weaker)
     assert found.mismatches == []
+
+
+def paired(decode: str) -> BackendSpec:
+    """The right backend's prefill, and a mutant's decode."""
+    spec = SPECS[decode]
+    written = replace(spec.capabilities, engine_writes_kv=True)
+    return join(RIGHT_WRITTEN, replace(spec, capabilities=written))
+
+
+def test_decodes_of_other_bits_are_judged_by_float64() -> None:
+    assert mismatches(paired("mutant-decode-apart")) == []
+    found = mismatches(paired("mutant-scale-missing"))
+    assert found
+    assert all("decoding position" in line for line in found)
+
+
+def test_decodes_of_other_bits_enter_the_digest() -> None:
+    def digest(spec: BackendSpec) -> str:
+        return check_backend(load_factory(spec), CONFIG, spec.capabilities).digest
+
+    assert digest(paired("mutant-decode-apart")) != digest(paired("mutant-gathered-once"))
 
 
 class Found(RightAttention):
