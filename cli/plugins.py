@@ -82,7 +82,7 @@ def test(
     as_json: bool,
     save: Path | None,
 ) -> None:
-    """Judge an attention BACKEND, or a pair, by the conformance suite; exit status 1 where it fails.
+    """Judge an attention BACKEND, or a pair, by the conformance suite; exit 1 where it fails.
 
     Every promise of the contract and everything that the backend declares is tried; what it does
     not declare is not. A failure comes with the smallest case found, as a program.
