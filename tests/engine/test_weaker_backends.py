@@ -182,7 +182,7 @@ def test_what_a_backend_promises_is_enough(
 ) -> None:
     found = programme(small_folder, alone, promises, str(promises))
     assert found.differ == 0
-    assert found.preempted_decoding > 5
+    assert found.preempted_decoding > 3
     cache = found.llm.engine.scheduler.cache
     if not promises.chunk_invariant:
         assert found.cuts == set()
