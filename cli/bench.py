@@ -7,6 +7,7 @@ import click
 from .bench_startup import startup
 from .bench_step import step
 from .bench_throughput import throughput
+from .bench_turns import turns
 
 
 @click.group("bench")
@@ -30,3 +31,4 @@ def command() -> None:
 command.add_command(startup)
 command.add_command(step)
 command.add_command(throughput)
+command.add_command(turns)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..bench.limits import Limits
     from ..core.llm import LLM
 
 
-def about(llm: LLM, limits: Limits) -> dict[str, Any]:
-    """The engine and its device's limits, for a row of JSON."""
+def about(llm: LLM) -> dict[str, Any]:
+    """The engine, for a row of JSON."""
     import torch
 
     runner = llm.engine.runner
@@ -23,16 +22,19 @@ def about(llm: LLM, limits: Limits) -> dict[str, Any]:
         "kernels": runner.kernels.name,
         "attention_backend": runner.backend_name,
         "fingerprint": llm.fingerprint,
-    } | limits.as_dict()
+    }
 
 
 def headline(said: dict[str, Any]) -> str:
-    """The same in a line or two of text."""
-    return (
+    """The same in a line of text, and in a second one the device's limits, if ``said`` has them."""
+    engine = (
         "{model}, {device}, {dtype}, {threads} threads, kernels {kernels}, attention "
-        "{attention_backend}, {fingerprint}\n"
-        "copy {copy_gb_per_s:.4g} GB/s, {matrix_dtype} product {matrix_tflop_per_s:.3g} TFLOP/s"
-    ).format(**said)
+        "{attention_backend}, {fingerprint}"
+    )
+    limits = (
+        "\ncopy {copy_gb_per_s:.4g} GB/s, {matrix_dtype} product {matrix_tflop_per_s:.3g} TFLOP/s"
+    )
+    return (engine + limits if "matrix_dtype" in said else engine).format(**said)
 
 
 def number(value: float | str | None) -> str:

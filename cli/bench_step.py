@@ -141,7 +141,8 @@ def _measure(
             llm.engine, kind, limits, steps=steps, seed=seed, temperature=temperature
         )
         return (
-            about(llm, limits)
+            about(llm)
+            | limits.as_dict()
             | {
                 "phase": "decode" if kind.decode else "prefill",
                 "batch": kind.batch,

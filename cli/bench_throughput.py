@@ -146,7 +146,7 @@ def _measured(plan: _Plan, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
     with LLM(**kwargs) as llm:
         limits = measure_limits(llm.engine.runner.backend.config.device)
-        said = about(llm, limits)
+        said = about(llm) | limits.as_dict()
         for work in plan.workloads:
             with tqdm(
                 total=plan.repeat * work.requests * work.output_len,

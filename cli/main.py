@@ -8,7 +8,7 @@ import click
 
 _VERBS = {
     "backends": "The compatibility matrix of the attention backends.",
-    "bench": "Measure throughput, latency and a step's ops against the device's limits.",
+    "bench": "Measure throughput, latency, cache hits and a step's ops.",
     "chat": "Talk with a model in the terminal.",
     "doctor": "What is installed, what could run here, and what is missing.",
     "generate": "Complete prompts, or stream an answer.",

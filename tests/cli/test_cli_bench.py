@@ -145,6 +145,6 @@ def test_a_start_by_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert row.split()[0] == "1"
 
 
-@pytest.mark.parametrize("verb", ["throughput", "step", "startup"])
+@pytest.mark.parametrize("verb", ["throughput", "step", "startup", "turns"])
 def test_help_has_an_example(verb: str) -> None:
     assert "Example: isobit bench" in CliRunner().invoke(main, ["bench", verb, "--help"]).output
