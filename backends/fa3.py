@@ -22,8 +22,7 @@ def isobit_attention_backends() -> list[BackendSpec]:
     """FlashAttention 3 on Hopper, by whichever library is installed.
 
     Pages of more than 64 tokens are not offered: multiples of the kernel's tile are read by TMA
-    with their unwritten tail, and a weight of 0 times NaN is NaN. A head_dim of 256 is not, as its
-    tile under a window has 64 tokens.
+    with their unwritten tail, and a weight of 0 times NaN is NaN. A head_dim of 256 is not tried.
     """
     return [
         BackendSpec(
@@ -46,7 +45,9 @@ def isobit_attention_backends() -> list[BackendSpec]:
                     "chunked_prefill": Supported(),
                     "radix_cache": Supported(),
                     "non_greedy_sampling": Supported(),
-                    "sliding_window": Supported(),
+                    "sliding_window": Unsupported(
+                        "under a window some rows' bits follow where the prompt was cut"
+                    ),
                     "logit_soft_cap": Unsupported(
                         "the kernel's tanh is good to 11 bits, and scores need more"
                     ),

@@ -5,10 +5,11 @@ bits follow from its position and the tile's length alone, provided that
 
 - the sequence is not split: ``num_splits`` is 1. Its automatic choice, which is made where
   determinism is off, follows the batch;
-- the tile's length is always the same. The kernel chooses it from the head_dim, from whether there
-  is a window, and at head_dim 64 from ``max_seqlen_q``. So that is a constant, but at head_dim 128:
-  all tiles there have one length, and small steps take flatter ones. A window counts only if it is
-  shorter than ``max_seqlen_k``; so that is always longer, whatever the engine's longest sequence.
+- the tile's length is always the same. The kernel chooses it from the head_dim, and at head_dim 64
+  from ``max_seqlen_q``. So that is a constant, but at head_dim 128: all tiles there have one
+  length, and small steps take flatter ones;
+- no layer has a window. Under one the last bit of some rows follows where the prompt was cut, as
+  seen on an H200: windows are not declared.
 
 Lengths and pages are read on the device, so a captured step needs no refreshing. Within a page of
 up to 64 tokens the kernel leaves out what lies behind a sequence's end.
@@ -54,6 +55,7 @@ class FlashAttention3(AttentionBackend):
         self._constants = {
             "softmax_scale": config.scale,
             "is_causal": True,
+            "window_size_left": -1,  # none
             "window_size_right": 0,
             "softcap": 0.0,  # none
             "num_splits": 1 if config.deterministic else 0,
@@ -67,7 +69,7 @@ class FlashAttention3(AttentionBackend):
         return FlashPlan(batch, self._max_seqlen_q(batch))
 
     def run_written(self, q: Tensor, layer: LayerCache, plan: FlashPlan, out: Tensor) -> None:
-        batch, window = plan.batch, self.config.sliding_window(layer.index)
+        batch = plan.batch
         self._kernel(
             q=q,
             k=layer.k,
@@ -77,8 +79,7 @@ class FlashAttention3(AttentionBackend):
             seqused_k=batch.seq_lens,
             page_table=batch.block_table,
             max_seqlen_q=plan.max_seqlen_q,
-            max_seqlen_k=max(self.config.max_model_len, (window or 0) + 1),
-            window_size_left=-1 if window is None else window - 1,
+            max_seqlen_k=self.config.max_model_len,
             **self._constants,
         )
 

@@ -75,11 +75,10 @@ class FakeFlash:
         self.calls.append(given)
         q, k = given["q"], given["k"]
         assert given["is_causal"]
-        assert (given["window_size_right"], given["softcap"]) == (0, 0.0)
+        windows = given["window_size_left"], given["window_size_right"]
+        assert (*windows, given["softcap"]) == (-1, 0, 0.0)
         for name in ("cu_seqlens_q", "seqused_k", "page_table"):
             assert given[name].dtype == torch.int32, name
-        left = given["window_size_left"]
-        local = 0 <= left < given["max_seqlen_k"] - 1
         config = AttentionConfig(
             num_layers=1,
             num_q_heads=q.shape[1],
@@ -90,7 +89,6 @@ class FakeFlash:
             dtype=q.dtype,
             device=q.device,
             max_model_len=given["max_seqlen_k"],
-            sliding_windows=(left + 1,) if local else (),
         )
         backend = RoundedWeights(config)
         batch = _batch(given)
