@@ -3,15 +3,17 @@
     python benchmarks/gpu_proof.py --list
     python benchmarks/gpu_proof.py                       # all, several at a time
     python benchmarks/gpu_proof.py --only qwen3-8b smollm2
+    python benchmarks/gpu_proof.py --backend fa3 prefill=fa3,decode=triton
 
 Each configuration is a process of its own. Those of large models run one after the other, and
 beside them the others, as many at a time as the memory holds.
 
-All of one model run the same requests, so all must give one digest: bits that followed the page
-size, the chunks, the graphs or the number of neighbours would show even where every row holds. What
-was found goes into a JSON file, beside what other runs left there under other names. The exit
-status is 1 if a row failed, a process did not end well, or two digests or fingerprints of a model
-differ.
+All of one model run the same requests, so all on one backend must give one digest: bits that
+followed the page size, the chunks, the graphs or the number of neighbours would show even where
+every row holds. Two backends may have two digests. What was found goes into a JSON file, beside
+what other runs left there under other names. The exit status is 1 if a row failed, or was not run
+though the backend's declaration promises what it is about, a process did not end well, or two
+digests or fingerprints of a model on a backend differ.
 """
 
 from __future__ import annotations
@@ -22,77 +24,25 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Condition, Lock
+from threading import Lock
 from typing import Any
 
 import torch
+from gpu_proof_lanes import side_by_side
 from gpu_proof_table import TABLE, TRIAL, Configuration
 
 import isobit
+from isobit.backends.capabilities import Capabilities, Unsupported
 from isobit.backends.rules import installed_version
 from isobit.cli.columns import columns
+from isobit.plugins.manager import PluginHost
 from isobit.verify.judge import INVARIANCES
 
 ROOT = Path(__file__).parent.parent
-_LARGE = 50.0
-"""GiB: one configuration of more than that at a time."""
-
 OUTPUT = ROOT / "benchmarks" / "results" / "h200-verify.json"
-
-
-class Room:
-    """Memory that is shared out: ``take`` waits until there is enough of it."""
-
-    def __init__(self, total: float) -> None:
-        self.total = self._left = total
-        self._changed = Condition()
-
-    def take(self, amount: float) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: amount <= self._left)
-            self._left -= amount
-
-    def give_back(self, amount: float) -> None:
-        with self._changed:
-            self._left += amount
-            self._changed.notify_all()
-
-
-def side_by_side(
-    chosen: Sequence[Configuration],
-    work: Callable[[Configuration], dict[str, Any]],
-    memory: float,
-    jobs: int,
-) -> list[dict[str, Any]]:
-    """``work`` on all, up to ``jobs`` at a time: the large ones in turn, and others that fit."""
-    room = Room(memory)
-    large = [c for c in chosen if c.memory > _LARGE]
-    kept = min(memory, max((c.memory for c in large), default=0.0))
-    room.take(kept)
-
-    def in_turn() -> list[dict[str, Any]]:
-        try:
-            return [work(c) for c in large]
-        finally:
-            room.give_back(kept)
-
-    def beside(configuration: Configuration) -> dict[str, Any]:
-        amount = min(configuration.memory, room.total)
-        room.take(amount)
-        try:
-            return work(configuration)
-        finally:
-            room.give_back(amount)
-
-    others = [c for c in chosen if c not in large]
-    beside_it = max(1, jobs - bool(large))
-    with ThreadPoolExecutor(1) as lane, ThreadPoolExecutor(beside_it) as lanes:
-        first, rest = lane.submit(in_turn), lanes.map(beside, others)
-        return [*first.result(), *rest]
 
 
 def prove(configuration: Configuration, device: str, timeout: float, commit: str) -> dict[str, Any]:
@@ -113,19 +63,27 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
             problem = f"exit status {done.returncode}: {tail}"
     except subprocess.TimeoutExpired as expired:
         problem = f"not done after {timeout:g} s; {len(_text(expired.stdout).splitlines())} rows"
+    excused = not_promised(PluginHost().require(configuration.backend).spec.capabilities)
+    skipped = {
+        row["invariance"]: row["skipped"]
+        for row in rows
+        if row["skipped"] and row["invariance"] in excused
+    }
     held = [row["invariance"] for row in rows if row["holds"] and not row["skipped"]]
     failures = [f"{row['invariance']}: {row['failure']}" for row in rows if not row["holds"]]
-    tried = {row["invariance"] for row in rows if not row["skipped"]}
-    problem = problem or "; ".join(f"{name}: not run" for name in INVARIANCES if name not in tried)
+    known = {row["invariance"] for row in rows if not row["skipped"]} | set(skipped)
+    problem = problem or "; ".join(f"{name}: not run" for name in INVARIANCES if name not in known)
     runs = [run for row in rows for run in row["results"]]
     return {
         "name": configuration.name,
         "model": configuration.model.name,
+        "backend": configuration.backend,
         "page_size": configuration.page_size,
         "chunk": configuration.chunk,
         "flags": " ".join(configuration.flags),
         "command": " ".join(["isobit", *arguments]),
         "held": held,
+        "skipped": skipped,
         "failures": [*failures, *([problem] if problem and not failures else [])],
         "digests": sorted({row["digest"] for row in rows if not row["skipped"]}),
         "fingerprints": sorted({row["fingerprint"] for row in rows}),
@@ -140,6 +98,23 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
         "device": _device_name(device),
         "versions": _versions(),
     }
+
+
+def not_promised(capabilities: Capabilities) -> set[str]:
+    """The rows that ``verify`` does not run on a backend, as its declaration lacks what they are
+    about."""
+    lacking = {
+        "score": not capabilities.decode_equals_prefill,
+        "chunk": _uncut("chunked_prefill", capabilities),
+        "cache": _uncut("radix_cache", capabilities),
+    }
+    return {row for row, lacks in lacking.items() if lacks}
+
+
+def _uncut(feature: str, capabilities: Capabilities) -> bool:
+    """Whether a deterministic engine is without a feature that cuts prompts in two."""
+    cell = capabilities.cell(feature)
+    return isinstance(cell, Unsupported) or not capabilities.chunk_invariant
 
 
 def _text(output: str | bytes | None) -> str:
@@ -162,16 +137,17 @@ def _versions() -> dict[str, str]:
 
 
 def disagreements(entries: Iterable[dict[str, Any]]) -> list[str]:
-    """What must be one and the same within a model and is not."""
-    found: dict[tuple[str, str], dict[str, str]] = {}
+    """What must be one and the same for a model on a backend and is not."""
+    found: dict[tuple[str, str, str], dict[str, str]] = {}
     for entry in entries:
         for kind in ("digests", "fingerprints"):
             for value in entry[kind]:
-                found.setdefault((entry["model"], kind), {}).setdefault(value, entry["name"])
+                key = (entry["model"], entry["backend"], kind)
+                found.setdefault(key, {}).setdefault(value, entry["name"])
     return [
-        f"{model} has {len(values)} {kind}: "
+        f"{model} on {backend} has {len(values)} {kind}: "
         + ", ".join(f"{value} ({name})" for value, name in values.items())
-        for (model, kind), values in found.items()
+        for (model, backend, kind), values in found.items()
         if len(values) > 1
     ]
 
@@ -191,7 +167,7 @@ def summary(entries: Iterable[dict[str, Any]]) -> str:
     rows = [
         [
             entry["name"],
-            f"{len(entry['held'])}" + (" FAILED" if entry["failures"] else ""),
+            _held(entry) + (" FAILED" if entry["failures"] else ""),
             str(entry["requests"]),
             str(entry["longest_prompt"]),
             " ".join(entry["digests"]) or "-",
@@ -200,6 +176,11 @@ def summary(entries: Iterable[dict[str, Any]]) -> str:
         for entry in entries
     ]
     return columns([head, *rows])
+
+
+def _held(entry: dict[str, Any]) -> str:
+    skipped = f" without {', '.join(entry['skipped'])}" if entry["skipped"] else ""
+    return f"{len(entry['held'])}{skipped}"
 
 
 def _commit() -> str:
@@ -217,6 +198,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--list", action="store_true", help="the configurations; run nothing")
     parser.add_argument("--only", nargs="+", default=[""], help="names that contain one of these")
+    parser.add_argument(
+        "--backend",
+        nargs="+",
+        metavar="NAME",
+        choices=list(dict.fromkeys(c.backend for c in TABLE)),
+        help="attention backends, or pairs of them; default: all",
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
     parser.add_argument("--memory", type=float, help="GiB for all; default: 0.94 of the GPU's")
@@ -229,9 +217,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def run(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
     pool = TABLE if asked.only == [""] else TABLE + TRIAL
-    chosen = [c for c in pool if any(text in c.name for text in asked.only)]
+    chosen = [
+        c
+        for c in pool
+        if any(text in c.name for text in asked.only)
+        and (asked.backend is None or c.backend in asked.backend)
+    ]
     if not chosen:
-        raise SystemExit(f"no configuration contains {' or '.join(asked.only)}; see --list")
+        on = f" on {' or '.join(asked.backend)}" if asked.backend else ""
+        raise SystemExit(f"no configuration{on} contains {' or '.join(asked.only)}; see --list")
     if asked.list:
         print("\n".join(f"{c.name}: {c.requests} requests, {c.memory:.0f} GiB" for c in chosen))
         return 0
@@ -248,7 +242,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         entry = prove(configuration, asked.device, asked.timeout, commit)
         with writing:  # as soon as it is known: the whole may be cut short
             asked.output.write_text(json.dumps(merged(asked.output, [entry]), indent=1) + "\n")
-        state = "; ".join(entry["failures"]) or f"{len(entry['held'])} held"
+        state = "; ".join(entry["failures"]) or f"{_held(entry)} held"
         print(f"{configuration.name}: {entry['seconds']} s, {state}", flush=True)
         return entry
 

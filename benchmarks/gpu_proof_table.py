@@ -1,4 +1,4 @@
-"""The configurations of ``gpu_proof.py``: which models, pages, chunks, graphs and batches."""
+"""The configurations of ``gpu_proof.py``: backends, models, pages, chunks, graphs, batches."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ class Configuration:
     requests: int
     kv: int
     flags: tuple[str, ...] = ()
+    backend: str = "triton"
 
     @property
     def name(self) -> str:
         rest = "".join(f" {flag.removeprefix('--')}" for flag in self.flags)
-        return f"{self.model.name} page {self.page_size} chunk {self.chunk}{rest}"
+        backend = "" if self.backend == "triton" else f" on {self.backend}"
+        return f"{self.model.name} page {self.page_size} chunk {self.chunk}{rest}{backend}"
 
     @property
     def memory(self) -> float:
@@ -38,6 +40,7 @@ class Configuration:
     def arguments(self, device: str) -> list[str]:
         return [
             *("verify", "--json", "--device", device, "--threads", "1", *self.model.flags),
+            *("--attention-backend", self.backend),
             *("--page-size", str(self.page_size), "--max-num-batched-tokens", str(self.chunk)),
             *("--requests", str(self.requests), "--kv-cache-memory", f"{self.kv}GiB", *self.flags),
         ]
@@ -61,25 +64,44 @@ _REAL = Model(
 )
 _TINY = _random("tiny-qwen3", 0.1, "--quick", "--max-new-tokens", "4")
 
+
+def _each_model(backend: str, largest_page: int) -> list[Configuration]:
+    """Every page size, chunk and kind of graphs with every model, with steps ahead and without;
+    the largest model least often."""
+    rows: list[tuple[Model, int, int, int, int, tuple[str, ...]]] = [
+        (_BIG, 16, 2048, 300, 14, ()),
+        (_BIG, 64, 256, 200, 14, _EAGER + _SYNC),
+        (_BIG, largest_page, 8192, 300, 20, ()),
+        (_MIDDLE, 16, 8192, 300, 10, _SYNC),
+        (_MIDDLE, 64, 256, 200, 10, _EAGER),
+        (_MIDDLE, largest_page, 2048, 300, 14, _FEW),
+        (_LLAMA, 16, 256, 200, 4, _FEW),
+        (_LLAMA, 64, 8192, 300, 4, _EAGER),
+        (_LLAMA, largest_page, 2048, 300, 6, _SYNC),
+        (_REAL, 16, 8192, 300, 3, _EAGER),
+        (_REAL, 64, 2048, 300, 3, _FEW + _SYNC),
+        (_REAL, largest_page, 256, 200, 4, ()),
+    ]
+    return [Configuration(*row, backend=backend) for row in rows]
+
+
+def _pair(backend: str) -> list[Configuration]:
+    return [
+        Configuration(_BIG, 16, 2048, 300, 14, backend=backend),
+        Configuration(_LLAMA, 64, 256, 200, 4, _FEW, backend=backend),
+    ]
+
+
 TABLE = [
-    Configuration(_BIG, 16, 2048, 300, 14),
-    Configuration(_BIG, 64, 256, 200, 14, _EAGER + _SYNC),
-    Configuration(_BIG, 128, 8192, 300, 20),
-    Configuration(_MIDDLE, 16, 8192, 300, 10, _SYNC),
-    Configuration(_MIDDLE, 64, 256, 200, 10, _EAGER),
-    Configuration(_MIDDLE, 128, 2048, 300, 14, _FEW),
-    Configuration(_LLAMA, 16, 256, 200, 4, _FEW),
-    Configuration(_LLAMA, 64, 8192, 300, 4, _EAGER),
-    Configuration(_LLAMA, 128, 2048, 300, 6, _SYNC),
-    Configuration(_REAL, 16, 8192, 300, 3, _EAGER),
-    Configuration(_REAL, 64, 2048, 300, 3, _FEW + _SYNC),
-    Configuration(_REAL, 128, 256, 200, 4),
+    *_each_model("triton", largest_page=128),
+    *_each_model("fa3", largest_page=32),  # 64 is the largest that it offers
+    *_each_model("flashinfer", largest_page=128),
+    *_pair("prefill=fa3,decode=triton"),
+    *_pair("prefill=flashinfer,decode=triton"),
 ]
-"""Every page size, chunk and kind of graphs with every model, with steps ahead and without; the
-largest model least often."""
 
 TRIAL = [
-    Configuration(_TINY, 16, 2048, 60, 1),
-    Configuration(_TINY, 64, 64, 40, 1, _EAGER),
+    Configuration(_TINY, 16, 2048, 60, 1, backend="torch"),
+    Configuration(_TINY, 64, 64, 40, 1, _EAGER, backend="torch"),
 ]
 """Run only when ``--only`` asks for it: the script itself, where there is no GPU."""

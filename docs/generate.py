@@ -22,7 +22,7 @@ from typing import Any
 import click
 from click.testing import CliRunner
 from proved import proved_matrix
-from recorded import gpu_proof, gpu_startup, gpu_steps, gpu_throughput
+from recorded import gpu_backends, gpu_proof, gpu_startup, gpu_steps, gpu_throughput, gpu_turns
 from tables import table
 
 from isobit.backends.base import AttentionConfig, Batch, LayerCache
@@ -196,6 +196,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "features": features,
     "mutants": mutants,
     "gpu-throughput": gpu_throughput,
+    "gpu-backends": gpu_backends,
+    "gpu-turns": gpu_turns,
     "gpu-steps": gpu_steps,
     "gpu-startup": gpu_startup,
     "gpu-proof": gpu_proof,

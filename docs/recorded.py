@@ -15,6 +15,15 @@ from tables import table
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 GPU_PROOF = RESULTS / "h200-verify.json"
 _PEERS = ("vLLM", "vLLM, batch-invariant", "SGLang", "SGLang, deterministic")
+_BACKENDS = {
+    "triton": "triton",
+    "fa3": "fa3",
+    "flashinfer": "flashinfer",
+    "prefill=fa3,decode=triton": "fa3-triton",
+    "prefill=flashinfer,decode=triton": "flashinfer-triton",
+}
+"""Attention backends in the order of the tables, and how the names of their files end."""
+_NOTHING = "Not recorded yet.\n"
 
 
 def gpu_throughput() -> str:
@@ -22,17 +31,16 @@ def gpu_throughput() -> str:
     the engine whose constraints are lifted."""
     rows = _lines("h200-qwen3-8b-throughput.jsonl")
     lifted = {_workload(row): row for row in rows if not row["deterministic"]}
-    measured = json.loads((RESULTS / "h200-peers.json").read_text())
-    peers = {peer["workload"]: peer for peer in measured}
+    peers = {peer["workload"]: peer for peer in _peers()}
     lines = []
     for row in (row for row in rows if row["deterministic"]):
         peer = peers[_workload(row)]
         lines.append(
             (
-                f"{row['requests']} x {row['input_len']:,} → {row['output_len']}",
-                f"**{_figure(row, peer)}** {peer['unit']}",
-                *([_figure(lifted[_workload(row)], peer)] if lifted else []),
-                *("-" if peer[name] is None else f"{peer[name]:.2f}" for name in _PEERS),
+                _spelt(peer),
+                f"**{_figure(row, peer):.2f}** {peer['unit']}",
+                *([f"{_figure(lifted[_workload(row)], peer):.2f}"] if lifted else []),
+                *_figures(peer),
                 f"{row['share_of_limit']:.0%}",
                 f"{row['device_idle_share']:.1%}",
             )
@@ -43,12 +51,102 @@ def gpu_throughput() -> str:
     )
 
 
+def gpu_backends() -> str:
+    """``isobit bench throughput`` on every backend whose rows are recorded, and the peers. One
+    backend alone stands beside the peers in ``gpu_throughput``."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for backend, rows in _of_backends("h200-qwen3-8b-throughput", unnamed="triton").items():
+        found[backend] = {_workload(row): row for row in rows if row["deterministic"]}
+    if len(found) < 2:
+        return _NOTHING
+    lines = []
+    for peer in _peers():
+        times = [
+            _figure(rows[peer["workload"]], peer) if peer["workload"] in rows else None
+            for rows in found.values()
+        ]
+        fastest = min((time for time in times if time is not None), default=None)
+        ours = [_cell(time, bold=time == fastest) for time in times]
+        lines.append((_spelt(peer), peer["unit"], *ours, *_figures(peer)))
+    names = [f"`{backend}`" for backend in found]
+    return table(("requests x input → output", "unit", *names, *_PEERS), lines)
+
+
+def gpu_turns() -> str:
+    """``isobit bench turns`` on every backend whose rows are recorded.
+
+    :raises SystemExit: two were given other conversations.
+    """
+    found = _of_backends("h200-turns")
+    if not found:
+        return _NOTHING
+    lines, shapes = [], {}
+    for backend, rows in found.items():
+        *turns, total = rows
+        shapes.setdefault(tuple((row["turn"], row["prompt_tokens"]) for row in rows), backend)
+        lines.append(
+            (
+                f"`{backend}`",
+                *(f"{row['hit_rate']:.0%}" for row in rows),
+                f"{total['possible_hit_rate']:.0%}",
+                f"{turns[-1]['time_to_first_token_ms']:.0f}",
+                f"{total['seconds']:.2f}",
+            )
+        )
+    if len(shapes) > 1:
+        raise SystemExit(f"{' and '.join(shapes.values())} were given other conversations")
+    numbers = [f"turn {row['turn']}" for row in turns]
+    head = ("backend", *numbers, "all turns", "possible")
+    return table((*head, "first token of the last turn, ms", "seconds"), lines)
+
+
+def _of_backends(stem: str, unnamed: str = "") -> dict[str, list[dict[str, Any]]]:
+    """The rows of every backend that has a file, ``{stem}-{backend}.jsonl``.
+
+    :param unnamed: the backend whose file is ``{stem}.jsonl``.
+    :raises SystemExit: a file has rows of another backend.
+    """
+    found = {}
+    for backend, ending in _BACKENDS.items():
+        name = f"{stem}.jsonl" if backend == unnamed else f"{stem}-{ending}.jsonl"
+        if not (RESULTS / name).exists():
+            continue
+        found[backend] = _lines(name)
+        others = {row["attention_backend"] for row in found[backend]} - {backend}
+        if others:
+            raise SystemExit(f"{name} has rows of {' and '.join(sorted(others))}")
+    return found
+
+
+def _peers() -> list[dict[str, Any]]:
+    """What other engines took, by workload, in the order of the tables."""
+    peers: list[dict[str, Any]] = json.loads((RESULTS / "h200-peers.json").read_text())
+    return peers
+
+
+def _spelt(peer: dict[str, Any]) -> str:
+    requests, before, after = map(int, peer["workload"].split(":"))
+    return f"{requests} x {before:,} → {after}"
+
+
+def _cell(time: float | None, *, bold: bool = False) -> str:
+    if time is None:
+        return "-"
+    return f"**{time:.2f}**" if bold else f"{time:.2f}"
+
+
+def _figures(peer: dict[str, Any]) -> list[str]:
+    return [_cell(peer[name]) for name in _PEERS]
+
+
 def _workload(row: dict[str, Any]) -> str:
     return "{requests}:{input_len}:{output_len}".format(**row)
 
 
-def _figure(row: dict[str, Any], peer: dict[str, Any]) -> str:
-    return f"{row['seconds'] if peer['unit'] == 's' else row['inter_token_ms']:.2f}"
+def _figure(row: dict[str, Any], peer: dict[str, Any]) -> float:
+    """In the peer's unit."""
+    figure: float = row["seconds"] if peer["unit"] == "s" else row["inter_token_ms"]
+    return figure
 
 
 def gpu_steps() -> str:
@@ -106,24 +204,40 @@ def gpu_startup() -> str:
 
 
 def gpu_proof() -> str:
-    """A recorded run of ``benchmarks/gpu_proof.py``, and what it ran on."""
+    """A recorded run of ``benchmarks/gpu_proof.py``, why rows were skipped, what it ran on."""
     entries = json.loads(GPU_PROOF.read_text())
+    notes: dict[str, int] = {}  # by what is said, so that a backend's stands there once
+    for said in (note for e in entries for note in _skipped(e)):
+        notes.setdefault(said, len(notes) + 1)
     rows = [
         (
             f"`{e['model']}`",
+            f"`{e['backend']}`",
             str(e["page_size"]),
             f"{e['chunk']:,}",
             f"`{e['flags']}`" if e["flags"] else "defaults",
             f"{e['requests']:,}",
             f"{e['longest_prompt']:,}",
-            f"{len(e['held'])}" + (f", **{len(e['failures'])} failed**" if e["failures"] else ""),
+            f"{len(e['held'])}"
+            + "".join(f" [{notes[said]}]" for said in _skipped(e))
+            + (f", **{len(e['failures'])} failed**" if e["failures"] else ""),
             ", ".join(f"`{digest}`" for digest in e["digests"]) or "-",
             f"{e['seconds']:.0f}",
         )
         for e in entries
     ]
-    head = ("model", "pages of", "chunks of", "options", "requests at once", "longest prompt")
-    return table((*head, "rows held", "digest", "seconds"), rows) + f"\n{_provenance(entries)}\n"
+    head = ("model", "backend", "pages of", "chunks of", "options", "requests at once")
+    lines = "".join(f"- [{number}] {said}\n" for said, number in notes.items())
+    return (
+        table((*head, "longest prompt", "rows held", "digest", "seconds"), rows)
+        + (f"\n{lines}" if lines else "")
+        + f"\n{_provenance(entries)}\n"
+    )
+
+
+def _skipped(entry: dict[str, Any]) -> list[str]:
+    skipped: dict[str, str] = entry["skipped"]
+    return [f"{entry['backend']}, {row}: not run, {why}" for row, why in skipped.items()]
 
 
 def _provenance(entries: list[dict[str, Any]]) -> str:

@@ -171,34 +171,3 @@ def test_a_proof_of_another_declaration_is_refused(
     (tmp_path / "torch-cpu.json").write_text(json.dumps(record))
     with pytest.raises(SystemExit, match="another declaration of dtypes: run isobit plugins test"):
         generator.matrix()
-
-
-def test_a_recorded_proof_becomes_a_table(
-    generator: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "proof.json"
-    monkeypatch.setattr(sys.modules["recorded"], "GPU_PROOF", path)
-    entry = {
-        "model": "m",
-        "page_size": 16,
-        "chunk": 8192,
-        "flags": "--no-cuda-graph",
-        "requests": 300,
-        "longest_prompt": 16000,
-        "held": ["batch"],
-        "digests": ["abc"],
-        "seconds": 12.3,
-        "failures": [],
-        "command": "isobit verify",
-        "commit": "1234567",
-        "date": "2026-11-22",
-        "device": "a GPU",
-        "versions": {"torch": "2.11"},
-    }
-    path.write_text(json.dumps([entry, entry | {"failures": ["chunk: other bits"], "flags": ""}]))
-    text = generator.gpu_proof()
-    assert "| `m` | 16 | 8,192 | `--no-cuda-graph` | 300 | 16,000 | 1 | `abc` | 12 |" in text
-    assert "| 8,192 | defaults | 300 | 16,000 | 1, **1 failed** |" in text
-    assert text.endswith(
-        "a GPU, torch 2.11; commit `1234567`, 2026-11-22. The first row is\n`isobit verify`.\n"
-    )
