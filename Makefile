@@ -11,8 +11,9 @@ SOURCES := pyproject.toml setup.py $(wildcard kernels/native/*.c kernels/native/
 demo: $(VENV)/demo.stamp
 	$(VENV)/bin/python examples/demo.py
 
+# One thread a process: threads of several processes would wait for each other.
 test: $(VENV)/test.stamp
-	$(VENV)/bin/pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest --numprocesses auto --maxprocesses 8
 
 # The example backends are installed beside the environment, so that they are there only here.
 examples: $(VENV)/test.stamp

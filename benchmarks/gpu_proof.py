@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -34,10 +33,11 @@ import torch
 from gpu_proof_lanes import side_by_side
 from gpu_proof_table import TABLE, TRIAL, Configuration
 
-import isobit
 from isobit.backends.capabilities import Capabilities, Unsupported
-from isobit.backends.rules import installed_version
 from isobit.cli.columns import columns
+from isobit.errors import ConfigError
+from isobit.plugins.conformance.proof import device_name, versions_of
+from isobit.plugins.conformance.subject import find_subject
 from isobit.plugins.manager import PluginHost
 from isobit.verify.judge import INVARIANCES
 
@@ -95,8 +95,8 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
         "seconds": round(time.perf_counter() - began, 1),
         "commit": commit,
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-        "device": _device_name(device),
-        "versions": _versions(),
+        "device": device_name(device),
+        "versions": _versions(configuration.backend, device),
     }
 
 
@@ -117,23 +117,16 @@ def _uncut(feature: str, capabilities: Capabilities) -> bool:
     return isinstance(cell, Unsupported) or not capabilities.chunk_invariant
 
 
+def _versions(backend: str, device: str) -> dict[str, str]:
+    """None where the backend cannot be loaded, of which ``verify`` has said why."""
+    try:
+        return versions_of(find_subject(backend, PluginHost()), device)
+    except ConfigError:
+        return {}
+
+
 def _text(output: str | bytes | None) -> str:
     return output.decode() if isinstance(output, bytes) else output or ""
-
-
-def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or device
-
-
-def _versions() -> dict[str, str]:
-    versions = {
-        "isobit": isobit.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-    if torch.version.cuda is not None:
-        versions |= {"cuda": torch.version.cuda, "triton": installed_version("triton") or "none"}
-    return versions
 
 
 def disagreements(entries: Iterable[dict[str, Any]]) -> list[str]:

@@ -10,6 +10,7 @@ from datetime import date
 from typing import Any, Literal
 
 import torch
+from packaging.requirements import Requirement
 
 from ...backends.capabilities import FEATURES, FLAGS, Capabilities, Conditional, Unsupported
 from ...backends.rules import describe_set, installed_version
@@ -79,7 +80,7 @@ def make_proof(context: Context, outcomes: Iterable[Outcome], *, command: str) -
         version=subject.version,
         device=device_name(device),
         device_type=device,
-        versions=_versions(subject, device),
+        versions=versions_of(subject, device),
         date=date.today().isoformat(),
         command=command,
         seconds=round(sum(outcome.seconds for outcome in outcomes), 1),
@@ -127,12 +128,15 @@ def _processor() -> str:
     return f"{found[0].strip()}, {threads} threads" if found else ""
 
 
-def _versions(subject: Subject, device: str) -> dict[str, str]:
+def versions_of(subject: Subject, device: str) -> dict[str, str]:
+    """What a result depends on: the backend, what it requires and found, torch and CUDA."""
     from ... import __version__
 
+    required = [Requirement(text).name for text in subject.spec.requires]
     versions = {
         "isobit": __version__,
         subject.distribution: subject.version,
+        **{name: installed_version(name) or "not installed" for name in required},
         **({"library": library} if (library := subject.factory.library()) else {}),
         "torch": torch.__version__,
         "python": platform.python_version(),
