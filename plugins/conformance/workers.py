@@ -1,6 +1,7 @@
-"""Runs checks in several processes, which take trials one by one.
+"""Runs checks in several processes.
 
-On a GPU most of the suite's time is compiling kernels, and a process compiles one at a time.
+On a GPU most of the suite's time is compiling kernels, and a process compiles one at a time. So
+what shares kernels goes to one process: the trials of one geometry that follow each other.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from multiprocessing.connection import Connection, wait
 
 import torch
@@ -19,7 +21,7 @@ import torch
 from ...errors import ConfigError
 from ..manager import PluginHost
 from .check import Check, Context, Finding, judge_trial
-from .scenario import Trial
+from .scenario import Geometry, Trial
 from .snippet import snippet
 from .subject import find_subject
 from .suite import Judged, make_context
@@ -69,6 +71,10 @@ def _tasks(check: Check, context: Context) -> list[Task]:
     return [check.name] if check.trials is None else list(check.trials(context.corners))
 
 
+def _geometry(task: Task) -> Geometry | None:
+    return task.geometry if isinstance(task, Trial) else None
+
+
 @dataclass(frozen=True, slots=True)
 class _Setting:
     """What a process needs to make the same ``Context`` for itself."""
@@ -90,29 +96,37 @@ class _Part:
     check: Check
     tasks: list[Task]
     found: dict[int, list[Finding]] = field(default_factory=dict)
-    failed: bool = False
     seconds: dict[_Worker, float] = field(default_factory=dict)
 
     def put(self, number: int, findings: list[Finding], worker: _Worker, seconds: float) -> None:
         self.found[number] = findings
         self.seconds[worker] = self.seconds.get(worker, 0.0) + seconds
-        self.failed |= any(finding.failure for finding in findings)
 
-    def complete(self) -> bool:
-        return all(number in self.found for number in range(self._end()))
+    def runs(self) -> Iterator[_Run]:
+        """The tasks' numbers, cut where the geometry changes."""
+        numbers = range(len(self.tasks))
+        for _, run in groupby(numbers, key=lambda number: _geometry(self.tasks[number])):
+            yield self, list(run)
 
-    def judged(self) -> Judged:
-        findings = [f for number in range(self._end()) for f in self.found[number]]
-        return tuple(findings), max(self.seconds.values(), default=0.0)
-
-    def _end(self) -> int:
+    def end(self) -> int:
         """Behind the first task that failed, as in one process; else behind the last."""
         failed = (n for n, findings in self.found.items() if any(f.failure for f in findings))
         return min(failed, default=len(self.tasks) - 1) + 1
 
+    def complete(self) -> bool:
+        return all(number in self.found for number in range(self.end()))
+
+    def judged(self) -> Judged:
+        findings = [f for number in range(self.end()) for f in self.found[number]]
+        return tuple(findings), max(self.seconds.values(), default=0.0)
+
+
+_Run = tuple[_Part, list[int]]
+"""Tasks of one check that one process takes, one after the other."""
+
 
 class _Worker:
-    """A process, and the task that it has, if any."""
+    """A process, the task that it has, if any, and what is left of its run."""
 
     def __init__(self, setting: _Setting) -> None:
         # A forked process could not use CUDA where its parent did.
@@ -123,6 +137,7 @@ class _Worker:
         its_end.close()  # so that the connection ends with the process
         self.ready = False
         self.task: tuple[_Part, int] | None = None
+        self.next: deque[tuple[_Part, int]] = deque()
 
     def how_it_ended(self) -> str:
         self.process.join(_SECONDS_TO_END)
@@ -139,11 +154,11 @@ class _Crew:
         self._subject, self._setting = context.subject, setting
         # What cannot be shared begins first, so that nobody waits for it in the end.
         ordered = sorted(parts, key=lambda part: part.check.trials is not None)
-        self._left = deque((part, n) for part in ordered for n in range(len(part.tasks)))
+        self._left = deque(run for part in ordered for run in part.runs())
         self._workers: dict[object, _Worker] = {}
 
     def hire(self, count: int) -> None:
-        """Start processes, no more than there are tasks."""
+        """Start processes, no more than there are runs."""
         for _ in range(min(count, len(self._left))):
             worker = _Worker(self._setting)
             self._workers[worker.connection] = worker
@@ -170,22 +185,28 @@ class _Crew:
                 part, number = worker.task
                 findings, seconds = answer
                 part.put(number, findings, worker, seconds)
-            worker.ready, worker.task = True, self._next()
+            worker.ready, worker.task = True, self._next(worker)
             if worker.task is not None:
                 part, number = worker.task
                 with suppress(OSError):  # it died; the next wait shows it
                     worker.connection.send(part.tasks[number])
 
-    def _next(self) -> tuple[_Part, int] | None:
-        """The next task; none of a check that failed, as it would come after the failure."""
-        while self._left:
-            part, number = self._left.popleft()
-            if not part.failed:
+    def _next(self, worker: _Worker) -> tuple[_Part, int] | None:
+        """The next task of its run, or of the next run; none that comes after a failure."""
+        while worker.next or self._left:
+            if not worker.next:
+                part, numbers = self._left.popleft()
+                worker.next.extend((part, number) for number in numbers)
+            part, number = worker.next.popleft()
+            if number < part.end():
                 return part, number
         return None
 
     def _bury(self, worker: _Worker) -> None:
-        """Count what a dead process was judging as failed, and start another in its place."""
+        """Count what a dead process was judging as failed, and start another in its place.
+
+        The rest of its run is not to be judged any more, as it comes after that.
+        """
         how = worker.how_it_ended()
         del self._workers[worker.connection]
         worker.process.kill()
