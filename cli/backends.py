@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
 from .options import engine_kwargs, engine_options, set_threads, user_errors
-from .prove import prove_all
+from .prove import judge_in, prove_all
 from .report import check_report, command_line, report_option, write_report
 
 
@@ -23,6 +24,12 @@ from .report import check_report, command_line, report_option, write_report
     "--prove", is_flag=True, help="Try everything that the backends which run here declare."
 )
 @click.option("--quick", is_flag=True, help="With --prove: shorter sequences, fewer values.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=None,
+    help="With --prove: processes that share the trials. Default: 1.",
+)
 @report_option
 @click.option("--json", "as_json", is_flag=True, help="The rows as JSON.")
 @user_errors
@@ -30,6 +37,7 @@ def command(
     explain: bool,
     prove: bool,
     quick: bool,
+    jobs: int | None,
     report: Path | None,
     as_json: bool,
     **options: Any,
@@ -46,18 +54,24 @@ def command(
     set_threads(options.pop("threads"))
     if quick and not prove:
         raise click.UsageError("--quick is for --prove; add it.")
+    if jobs is not None and not prove:
+        raise click.UsageError("--jobs is for --prove; add it.")
     check_report(report)
     from ..backends.pair import parse_pair
     from ..backends.table import matrix_rows, text_table
     from ..plugins.manager import PluginHost
 
     kwargs = engine_kwargs(options)
-    host = PluginHost(disabled=kwargs["disable_plugins"], strict_plugins=kwargs["strict_plugins"])
+    make_host = partial(
+        PluginHost, disabled=kwargs["disable_plugins"], strict_plugins=kwargs["strict_plugins"]
+    )
+    host = make_host()
     requirements = _requirements(kwargs) if explain else None
     name = kwargs["attention_backend"]
     rows = matrix_rows(host, requirements, pair=host.require(name) if parse_pair(name) else None)
     taken = _taken(name, requirements, host) if requirements else None
-    proofs, told = prove_all(host, quick=quick) if prove else ([], [])
+    judge = judge_in(jobs or 1, make_host)
+    proofs, told = prove_all(host, quick=quick, judge=judge) if prove else ([], [])
     if as_json:
         found = {"backends": rows, "problems": host.problems(), "taken": taken}
         click.echo(json.dumps(found | {"proofs": [proof.as_dict() for proof in proofs]}))

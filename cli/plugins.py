@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .columns import columns
 from .options import plugin_options, set_threads, user_errors
-from .prove import prove
+from .prove import judge_in, prove
+
+if TYPE_CHECKING:
+    from ..plugins.manager import PluginHost
 
 
 @click.group("plugins", invoke_without_command=True)
@@ -32,10 +37,11 @@ def command(
     """
     from ..plugins.manager import PluginHost
 
-    host = PluginHost(disabled=disable_plugins, strict_plugins=strict_plugins)
+    make_host = partial(PluginHost, disabled=disable_plugins, strict_plugins=strict_plugins)
     if context.invoked_subcommand is not None:
-        context.obj = host
+        context.obj = make_host
         return
+    host = make_host()
     records = host.records()
     if as_json:
         rows = [asdict(record) for record in records]
@@ -67,6 +73,13 @@ def _row(record: Any) -> tuple[str, ...]:
     "--waive", multiple=True, metavar="CHECK=REASON", help="Do not run a check, and say why."
 )
 @click.option("--threads", type=int, default=None, help="CPU threads. Default: torch's.")
+@click.option(
+    "--jobs",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Processes that share the trials, each with --threads.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The proof as one JSON object.")
 @click.option("--save", type=click.Path(dir_okay=False, path_type=Path), help="Write that JSON.")
 @click.pass_context
@@ -79,6 +92,7 @@ def test(
     only: tuple[str, ...],
     waive: tuple[str, ...],
     threads: int | None,
+    jobs: int,
     as_json: bool,
     save: Path | None,
 ) -> None:
@@ -94,11 +108,13 @@ def test(
     from ..plugins.conformance.text import proof_table, verdict
     from ..plugins.conformance.waivers import parse_waivers
 
-    subject = find_subject(backend, context.obj)
+    make_host: Callable[[], PluginHost] = context.obj
+    subject = find_subject(backend, make_host())
     proof, failed = prove(
         subject,
         choose_device(subject.spec, device),
         quick=quick,
+        judge=judge_in(jobs, make_host),
         waivers=parse_waivers(waive),
         only=only,
         err=as_json,

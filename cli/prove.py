@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import click
@@ -10,7 +10,19 @@ import click
 if TYPE_CHECKING:
     from ..plugins.conformance.proof import Proof
     from ..plugins.conformance.subject import Subject
+    from ..plugins.conformance.suite import JudgeChecks
     from ..plugins.manager import PluginHost
+
+
+def judge_in(jobs: int, make_host: Callable[[], PluginHost]) -> JudgeChecks:
+    """How checks are run: in this process for one job, else in as many as there are jobs.
+
+    :param make_host: makes the plugin host anew in each of them; can be pickled.
+    """
+    from ..plugins.conformance.suite import judge_here
+    from ..plugins.conformance.workers import Processes
+
+    return judge_here if jobs == 1 else Processes(jobs, make_host)
 
 
 def prove(
@@ -18,6 +30,7 @@ def prove(
     device: str,
     *,
     quick: bool,
+    judge: JudgeChecks,
     waivers: Mapping[str, str] | None = None,
     only: Sequence[str] = (),
     err: bool,
@@ -32,7 +45,7 @@ def prove(
 
     context = make_context(subject, device, quick=quick)
     outcomes = []
-    for outcome in run_suite(context, waivers=waivers, only=only):
+    for outcome in run_suite(context, waivers=waivers, only=only, judge=judge):
         outcomes.append(outcome)
         click.echo(outcome_line(outcome), err=err)
     line = f"isobit plugins test {subject.spec.name} --device {device}"
@@ -40,7 +53,9 @@ def prove(
     return proof, failures(outcomes)
 
 
-def prove_all(host: PluginHost, *, quick: bool) -> tuple[list[Proof], list[str]]:
+def prove_all(
+    host: PluginHost, *, quick: bool, judge: JudgeChecks
+) -> tuple[list[Proof], list[str]]:
     """The proofs of every backend on every device of this machine that it declares.
 
     :returns: the proofs, and what could not be judged or failed, in words.
@@ -61,7 +76,7 @@ def prove_all(host: PluginHost, *, quick: bool) -> tuple[list[Proof], list[str]]
                 told.append(f"{name} is not judged on {device}: {error}")
                 continue
             click.echo(f"{name} on {device}", err=True)
-            proof, failed = prove(subject, device, quick=quick, err=True)
+            proof, failed = prove(subject, device, quick=quick, judge=judge, err=True)
             proofs.append(proof)
             told += [failed] if failed else []
     return proofs, told

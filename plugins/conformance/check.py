@@ -50,6 +50,7 @@ class Check:
     gate:  why it does not apply to a backend, or ``None`` where it does
     run:   its findings, the smallest trial first
     elsewhere: why it cannot be run on this device, or ``None``
+    trials: what ``run`` judges one by one until one fails; ``None`` of a check that is not made so
     """
 
     name: str
@@ -58,6 +59,16 @@ class Check:
     gate: Gate
     run: Callable[[Context], Iterator[Finding]]
     elsewhere: Gate = lambda corners: None
+    trials: Callable[[Corners], Iterator[Trial]] | None = None
+
+
+def judge_trial(context: Context, trial: Trial) -> Finding:
+    """What came of one trial, made as small as can be where it failed."""
+    difference = context.judge.judge(trial)
+    if difference is None:
+        return Finding(trial.label, trial.cells)
+    smallest, difference = shrink(context.judge, trial, difference)
+    return Finding(trial.label, trial.cells, difference.message, snippet(context.subject, smallest))
 
 
 def trial_check(
@@ -67,24 +78,16 @@ def trial_check(
     trials: Callable[[Corners], Iterator[Trial]],
     gate: Gate = lambda corners: None,
 ) -> Check:
-    """A check made of trials; it ends at its first failure, made as small as can be."""
+    """A check made of trials; it ends at its first failure."""
 
     def run(context: Context) -> Iterator[Finding]:
         for trial in trials(context.corners):
-            difference = context.judge.judge(trial)
-            if difference is None:
-                yield Finding(trial.label, trial.cells)
-                continue
-            smallest, difference = shrink(context.judge, trial, difference)
-            yield Finding(
-                trial.label,
-                trial.cells,
-                difference.message,
-                snippet(context.subject, smallest),
-            )
-            return
+            finding = judge_trial(context, trial)
+            yield finding
+            if finding.failure:
+                return
 
-    return Check(name, what, cells, gate, run)
+    return Check(name, what, cells, gate, run, trials=trials)
 
 
 def all_of(*gates: Gate) -> Gate:

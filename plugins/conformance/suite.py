@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,19 +41,43 @@ class Outcome:
         return failed or tried | set(self.check.cells)
 
 
+Judged = tuple[tuple[Finding, ...], float]
+"""What running a check gave: its findings, the smallest trial first, and the seconds it took."""
+
+JudgeChecks = Callable[[Sequence[Check], Context], Iterator[Judged]]
+"""Runs checks; yields what each gave, in their order, as soon as it is known."""
+
+
+def judge_here(checks: Sequence[Check], context: Context) -> Iterator[Judged]:
+    """Run the checks one after the other in this process."""
+    for check in checks:
+        began = time.perf_counter()
+        findings = tuple(check.run(context))
+        yield findings, time.perf_counter() - began
+
+
 def run_check(check: Check, context: Context, waivers: Mapping[str, str]) -> Outcome:
     """Run one check, or say why it is not run."""
+    idle = _not_run(check, context.corners, waivers)
+    return idle or _outcome(check, *next(judge_here([check], context)))
+
+
+def _not_run(check: Check, corners: Corners, waivers: Mapping[str, str]) -> Outcome | None:
+    """The outcome of a check that is not to be run."""
     waiver = waivers.get(check.name)
     if waiver is not None:
         return Outcome(check, "waived", reason=waiver)
-    undeclared = check.gate(context.corners)
+    undeclared = check.gate(corners)
     if undeclared is not None:
         return Outcome(check, "not declared", reason=undeclared)
-    elsewhere = check.elsewhere(context.corners)
+    elsewhere = check.elsewhere(corners)
     if elsewhere is not None:
         return Outcome(check, "not here", reason=elsewhere)
-    began = time.perf_counter()
-    findings = tuple(check.run(context))
+    return None
+
+
+def _outcome(check: Check, findings: tuple[Finding, ...], seconds: float) -> Outcome:
+    """The outcome of a check that ran."""
     failed = next((finding for finding in findings if finding.failure), None)
     if not findings:
         return Outcome(check, "failed", reason="nothing was tried, so nothing is proved")
@@ -63,23 +87,31 @@ def run_check(check: Check, context: Context, waivers: Mapping[str, str]) -> Out
         findings,
         "" if failed is None else f"{failed.label}: {failed.failure}",
         "" if failed is None else failed.snippet,
-        time.perf_counter() - began,
+        seconds,
     )
 
 
 def run_suite(
-    context: Context, *, waivers: Mapping[str, str] | None = None, only: Iterable[str] = ()
+    context: Context,
+    *,
+    waivers: Mapping[str, str] | None = None,
+    only: Iterable[str] = (),
+    judge: JudgeChecks = judge_here,
 ) -> Iterator[Outcome]:
     """The outcome of every check, as it comes.
 
     :param waivers: checks that are not run, each with the reason, which the report shows.
     :param only: names of the checks to run; empty for all.
+    :param judge: runs those that are to be run: here, or as ``workers.Processes``.
     :raises ConfigError: a check that does not exist, or a waiver without a reason.
     """
     waivers = check_waivers(waivers or {})
     chosen = [known_check(name) for name in only] or CHECKS
-    for check in chosen:
-        yield run_check(check, context, waivers)
+    idle = [_not_run(check, context.corners, waivers) for check in chosen]
+    to_run = [check for check, outcome in zip(chosen, idle, strict=True) if outcome is None]
+    judged = judge(to_run, context)
+    for check, outcome in zip(chosen, idle, strict=True):
+        yield outcome or _outcome(check, *next(judged))
 
 
 def make_context(subject: Subject, device: str, *, quick: bool) -> Context:
