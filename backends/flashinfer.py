@@ -24,7 +24,6 @@ def isobit_attention_backends() -> list[BackendSpec]:
             factory="isobit.backends.flashinfer_attention:FlashInferAttention",
             requires=("flashinfer-python==0.6.14",),
             install=INSTALL,
-            unproved="no run of the conformance suite on a GPU has proved its declaration yet",
             capabilities=Capabilities(
                 dtypes={"bfloat16", "float16"},
                 devices={"cuda"},
