@@ -200,15 +200,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
-    parser.add_argument("--memory", type=float, help="GiB for all; default: 0.94 of the GPU's")
+    parser.add_argument("--memory", type=float, help="GiB for all; default: 0.85 of the GPU's")
     parser.add_argument("--timeout", type=float, default=400, help="seconds of one process")
     parser.add_argument("--commit", default=None, help="where there is no git to ask")
     parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--merge", nargs="+", type=Path, help="take these files' entries; run none")
     return parser.parse_args(arguments)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
+    if asked.merge:
+        new = [entry for path in asked.merge for entry in json.loads(path.read_text())]
+        asked.output.write_text(json.dumps(merged(asked.output, new), indent=1) + "\n")
+        return judged(asked.output, new)
     pool = TABLE if asked.only == [""] else TABLE + TRIAL
     chosen = [
         c
@@ -227,7 +232,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
             "there is no CUDA device; --device cpu --only tiny tries the script itself"
         )
     memory = asked.memory or (
-        0.94 * torch.cuda.mem_get_info()[1] / 2**30 if asked.device == "cuda" else 8.0 * asked.jobs
+        0.85 * torch.cuda.mem_get_info()[1] / 2**30 if asked.device == "cuda" else 8.0 * asked.jobs
     )
     commit, writing = asked.commit or _commit(), Lock()
 
@@ -239,8 +244,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"{configuration.name}: {entry['seconds']} s, {state}", flush=True)
         return entry
 
-    new = side_by_side(chosen, one, memory, asked.jobs)
-    entries = merged(asked.output, new)
+    return judged(asked.output, side_by_side(chosen, one, memory, asked.jobs))
+
+
+def judged(path: Path, new: Sequence[dict[str, Any]]) -> int:
+    """Print the file's entries and what disagrees; the exit status."""
+    entries = merged(path, new)
     problems = disagreements(entries)
     print("\n".join(problems))
     print(summary(entries))

@@ -151,7 +151,8 @@ def _figure(row: dict[str, Any], peer: dict[str, Any]) -> float:
 
 def gpu_steps() -> str:
     """``isobit bench step``: milliseconds of each op in some steps, and its share of its limit."""
-    steps = _lines("h200-qwen3-8b-steps.jsonl")
+    phases = ("decode", "prefill")
+    steps = [step for phase in phases for step in _lines(f"h200-qwen3-8b-steps-{phase}.jsonl")]
     names = list(dict.fromkeys(op["op"] for step in steps for op in step["ops"]))
     largest = {
         name: max(op["ms"] for step in steps for op in step["ops"] if op["op"] == name)
