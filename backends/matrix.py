@@ -45,7 +45,7 @@ class Resolved:
 class Selection:
     """The backend that was taken.
 
-    rejected: by name, why those that ``"auto"`` tried before it were not taken
+    rejected: by name, why ``"auto"`` took none of the others
     features: every feature of the requirements, resolved
     """
 
@@ -189,19 +189,24 @@ def _select_auto(
     installed: Installed,
     probe: Callable[[BackendSpec], object],
 ) -> Selection:
-    usable = host.backends()
+    taken: RegisteredBackend | None = None
     rejected: dict[str, str] = {}
     for name in _auto_names(host):
-        if name in usable and usable[name].spec.unproved:
-            rejected[name] = f"{usable[name].spec.unproved}: it is taken by name only."
-        elif name in usable:
-            reasons = objections(requirements, usable[name].spec, host, installed=installed)
-            objection = " ".join(map(str, reasons)) or _broken(probe, usable[name].spec)
-            if not objection:
-                return _selection(usable[name], requirements, rejected)
+        backend = host.backends().get(name)
+        if backend is None:
+            reason = host.unavailable(name)
+            if reason is not None:
+                rejected[name] = f"{reason}."
+        elif objection := _passed_over(backend.spec, requirements, host, installed):
             rejected[name] = objection
-        elif (reason := host.unavailable(name)) is not None:
-            rejected[name] = f"{reason}."
+        elif taken is not None:
+            rejected[name] = f"could serve, but comes after {taken.spec.name} in the order."
+        elif objection := _broken(probe, backend.spec):
+            rejected[name] = objection
+        else:
+            taken = backend
+    if taken is not None:
+        return _selection(taken, requirements, rejected)
     tried = "".join(f"\n- {name}: {reason}" for name, reason in rejected.items())
     problems = "".join(f"\n- {problem}" for problem in host.problems())
     raise ConfigError(
@@ -209,6 +214,15 @@ def _select_auto(
         + (tried or " None is installed.")
         + (f"\nProblems with plugins:{problems}" if problems else "")
     )
+
+
+def _passed_over(
+    spec: BackendSpec, requirements: Requirements, host: PluginHost, installed: Installed
+) -> str:
+    """Why ``"auto"`` does not take a backend, by what is declared; empty where it could."""
+    if spec.unproved:
+        return f"{spec.unproved}: it is taken by name only."
+    return " ".join(map(str, objections(requirements, spec, host, installed=installed)))
 
 
 def _broken(probe: Callable[[BackendSpec], object], spec: BackendSpec) -> str:

@@ -97,14 +97,15 @@ def test_auto_walks_the_order_then_the_alphabet(make_host, make_spec, make_requi
         names.remove(expected)
 
 
-def test_auto_says_why_the_earlier_ones_were_not_taken(make_host, make_spec, make_requirements):
+def test_auto_says_why_the_others_were_not_taken(make_host, make_spec, make_requirements):
     host = make_host(
         make_spec("triton", devices={"cuda"}, dtypes={"bfloat16"}),
         make_spec("torch"),
         make_spec("alpha", devices={"cuda"}),
     )
     selection = select_backend("auto", make_requirements(), host)
-    assert list(selection.rejected) == ["triton"]
+    assert list(selection.rejected) == ["triton", "alpha"]
+    assert selection.rejected["alpha"] == "could serve, but comes after torch in the order."
     assert "device: wanted cpu, offered cuda." in selection.rejected["triton"]
     assert "dtype: wanted float32, offered bfloat16." in selection.rejected["triton"]
 
