@@ -102,10 +102,12 @@ def test_auto_says_why_the_others_were_not_taken(make_host, make_spec, make_requ
         make_spec("triton", devices={"cuda"}, dtypes={"bfloat16"}),
         make_spec("torch"),
         make_spec("alpha", devices={"cuda"}),
+        make_spec("zebra"),
     )
     selection = select_backend("auto", make_requirements(), host)
-    assert list(selection.rejected) == ["triton", "alpha"]
-    assert selection.rejected["alpha"] == "could serve, but comes after torch in the order."
+    assert list(selection.rejected) == ["triton", "alpha", "zebra"]
+    assert selection.rejected["alpha"].startswith("device: wanted cpu, offered cuda.")
+    assert selection.rejected["zebra"] == "could serve, but comes after torch in the order."
     assert "device: wanted cpu, offered cuda." in selection.rejected["triton"]
     assert "dtype: wanted float32, offered bfloat16." in selection.rejected["triton"]
 
