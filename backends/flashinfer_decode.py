@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from .base import AttentionConfig, Batch
-from .flashinfer_pages import flat_pages, last_page_len, num_pages, on_host, page_lists
+from .flashinfer_pages import flat_pages, last_page_len, lengths_on_host, num_pages, page_lists
 from .flashinfer_workspace import workspace
 from .flashinfer_wrappers import Wrapper, decode_wrapper, float_workspace, scoring, windows
+
+_ORDINARY_SEQS = 256
+"""Decodes that a step beside prefills has room for before its room must grow."""
 
 
 class Decodes(Protocol):
@@ -40,7 +43,8 @@ class UnsplitDecodes:
     def __init__(self, config: AttentionConfig) -> None:
         self._config = config
         self._captured: _Room | None = None
-        self._ordinary = _Room(config, 1, 1)
+        pages = num_pages(config.max_model_len, config.page_size)
+        self._ordinary = _Room(config, _ORDINARY_SEQS, _ORDINARY_SEQS * pages)
 
     def plan(self, batch: Batch) -> dict[int, Wrapper]:
         decodes = batch.num_decodes
@@ -104,24 +108,29 @@ class _Room:
                 wrapper.drain()
 
     def _planned(self, batch: Batch) -> dict[int, Wrapper]:
-        """Wrappers on this room's tensors: FlashInfer keeps a tensor that is on the device."""
+        """Wrappers on this room's tensors.
+
+        The plan gets the lengths from the host: those on the device it would wait for.
+        """
         c, n = self._config, batch.num_decodes
         room = workspace(c.num_q_heads, c.num_kv_heads, c.head_dim, c.device)
+        lengths = lengths_on_host(batch.kv_lens[:n], c.page_size, c.device)
         wrappers = {}
         for window in windows(c):
             wrapper = decode_wrapper(self._floats, room.decode_int_bytes(n))
             wrapper.plan(
-                self._indptr[: n + 1],
+                lengths.indptr,
                 self._indices,
-                self._last_page_len[:n],
+                lengths.last_page_len,
                 c.num_q_heads,
                 c.num_kv_heads,
                 c.head_dim,
                 c.page_size,
-                seq_lens=on_host(batch.kv_lens[:n], c.device),
+                seq_lens=lengths.kv_lens,
                 disable_split_kv=True,
                 **scoring(c, window),
             )
+            wrapper.read_lengths_from(self._indptr[: n + 1], self._last_page_len[:n])
             wrappers[window] = wrapper
         return wrappers
 
@@ -130,7 +139,8 @@ class SplitDecodes:
     """Decodes that FlashInfer splits as it likes, for engines whose constraints are lifted.
 
     Every step is planned on the host. Captured steps have wrappers of their own, one a number of
-    sequences and window, which FlashInfer plans for graphs.
+    sequences and window, which FlashInfer plans for graphs; one list of pages serves them all, as
+    every replay writes it anew.
     """
 
     def __init__(self, config: AttentionConfig) -> None:
@@ -146,6 +156,7 @@ class SplitDecodes:
         }
         self._captured: dict[int, dict[int, Wrapper]] = {}
         self._most_seqs = 0
+        self._indices = torch.empty(0, dtype=torch.int32, device=config.device)
         self._floats = floats
 
     def plan(self, batch: Batch) -> dict[int, Wrapper]:
@@ -158,14 +169,14 @@ class SplitDecodes:
         pages = page_lists(batch, 0, n, c.page_size)
         for window, wrapper in wrappers.items():
             wrapper.plan(
-                pages.indptr,
+                pages.lengths.indptr,
                 pages.indices,
-                pages.last_page_len,
+                pages.lengths.last_page_len,
                 c.num_q_heads,
                 c.num_kv_heads,
                 c.head_dim,
                 c.page_size,
-                seq_lens=pages.kv_lens,
+                seq_lens=pages.lengths.kv_lens,
                 int_bytes=self._room.decode_int_bytes(n),
                 **scoring(c, window),
             )
@@ -178,6 +189,9 @@ class SplitDecodes:
         num_bytes = room.split_bytes(room.decode_tiles(max_num_seqs), tile)
         self._floats = float_workspace(num_bytes, self._config.device)
         self._most_seqs = max_num_seqs
+        c = self._config
+        most_pages = max_num_seqs * num_pages(c.max_model_len, c.page_size)
+        self._indices = torch.zeros(most_pages, dtype=torch.int32, device=c.device)
 
     def _for_graphs(self, num_seqs: int) -> dict[int, Wrapper]:
         c = self._config
@@ -185,15 +199,13 @@ class SplitDecodes:
         def zeros(size: int) -> Tensor:
             return torch.zeros(size, dtype=torch.int32, device=c.device)
 
-        most_pages = num_seqs * num_pages(c.max_model_len, c.page_size)
-        indices = zeros(most_pages)
         return {
             window: decode_wrapper(
                 self._floats,
                 self._room.decode_int_bytes(num_seqs),
                 use_cuda_graph=True,
                 paged_kv_indptr_buffer=zeros(num_seqs + 1),
-                paged_kv_indices_buffer=indices,
+                paged_kv_indices_buffer=self._indices,
                 paged_kv_last_page_len_buffer=zeros(num_seqs),
             )
             for window in windows(c)

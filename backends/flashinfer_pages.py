@@ -18,19 +18,25 @@ from .base import Batch
 
 
 @dataclass(frozen=True, slots=True)
-class PageLists:
-    """The pages of ``B`` sequences; all int32.
+class Lengths:
+    """How long ``B`` sequences are, on the host; all int32.
 
-    indptr:    ``[B + 1]`` on the host, where each sequence's pages begin in ``indices``
-    indices:   ``[indptr[B]]`` on the device
-    last_page_len: ``[B]`` on the host, tokens in each sequence's last page
-    kv_lens:   ``[B]`` on the host
+    indptr:    ``[B + 1]``, where each sequence's pages begin among those of all
+    last_page_len: ``[B]``, tokens in each sequence's last page
+    kv_lens:   ``[B]``
     """
 
     indptr: Tensor
-    indices: Tensor
     last_page_len: Tensor
     kv_lens: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PageLists:
+    """The pages of ``B`` sequences: ``indices``, int32 ``[indptr[B]]`` on the device."""
+
+    lengths: Lengths
+    indices: Tensor
 
 
 def num_pages(length: int, page_size: int) -> int:
@@ -41,19 +47,18 @@ def num_pages(length: int, page_size: int) -> int:
 def page_lists(batch: Batch, first: int, last: int, page_size: int) -> PageLists:
     """Those of the sequences ``first … last - 1``."""
     lengths = batch.kv_lens[first:last]
-    pages = [num_pages(n, page_size) for n in lengths]
-    device = batch.block_table.device
-    _, indices = flat_pages(
-        batch.block_table[first:last], batch.seq_lens[first:last], page_size, sum(pages)
-    )
-    return PageLists(
-        indptr=on_host([0, *accumulate(pages)], device),
-        indices=indices,
-        last_page_len=on_host(
-            [n - (p - 1) * page_size for n, p in zip(lengths, pages, strict=True)], device
-        ),
-        kv_lens=on_host(lengths, device),
-    )
+    total = sum(num_pages(n, page_size) for n in lengths)
+    tables, seq_lens = batch.block_table[first:last], batch.seq_lens[first:last]
+    _, indices = flat_pages(tables, seq_lens, page_size, total)
+    return PageLists(lengths_on_host(lengths, page_size, tables.device), indices)
+
+
+def lengths_on_host(kv_lens: Sequence[int], page_size: int, device: torch.device) -> Lengths:
+    """Of sequences of so many tokens, to be copied to ``device``."""
+    pages = [num_pages(n, page_size) for n in kv_lens]
+    last = [n - (p - 1) * page_size for n, p in zip(kv_lens, pages, strict=True)]
+    starts = [0, *accumulate(pages)]
+    return Lengths(*(on_host(values, device) for values in (starts, last, kv_lens)))
 
 
 def flat_pages(

@@ -42,15 +42,15 @@ class Prefills:
         for window, wrapper in self._wrappers.items():
             wrapper.plan(
                 on_host(starts, c.device),
-                pages.indptr,
+                pages.lengths.indptr,
                 pages.indices,
-                pages.last_page_len,
+                pages.lengths.last_page_len,
                 c.num_q_heads,
                 c.num_kv_heads,
                 c.head_dim,
                 c.page_size,
                 causal=True,
-                seq_lens=pages.kv_lens,
+                seq_lens=pages.lengths.kv_lens,
                 max_token_per_sequence=max(query_lens),
                 int_bytes=int_bytes,
                 **scoring(c, window),

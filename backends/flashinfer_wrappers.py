@@ -59,6 +59,20 @@ class Wrapper:
         finally:
             self._copied.mark()
 
+    def read_lengths_from(self, indptr: Tensor, last_page_len: Tensor) -> None:
+        """Let every launch read ``indptr`` and ``last_page_len`` from these tensors on the device.
+
+        The plan, which got them from the host, made copies for itself. FlashInfer has no call for
+        this: the names are those of the one version that is admitted.
+
+        :raises BackendError: it has not.
+        """
+        given = {"_paged_kv_indptr_buf": indptr, "_paged_kv_last_page_len_buf": last_page_len}
+        for name, tensor in given.items():
+            if not hasattr(self._made, name):
+                raise BackendError(f"flashinfer's decode wrapper has no {name}; {INSTALL}")
+            setattr(self._made, name, tensor)
+
     def run(self, q: Tensor, layer: LayerCache, out: Tensor) -> None:
         """Attend for the planned rows.
 

@@ -78,7 +78,17 @@ class FakeWrapper:
             page_size=page_size,
             widest=widest,
         )
-        self.buffers = SimpleNamespace(indptr=indptr, indices=indices, last=last)
+        self._paged_kv_indptr_buf, self._paged_kv_last_page_len_buf = indptr, last
+        self.indices = indices
+
+    @property
+    def buffers(self) -> SimpleNamespace:
+        """What launches read."""
+        return SimpleNamespace(
+            indptr=self._paged_kv_indptr_buf,
+            indices=self.indices,
+            last=self._paged_kv_last_page_len_buf,
+        )
 
     def run(self, q, paged_kv_cache, *, out, enable_pdl) -> None:
         """Reads lengths and pages from the buffers alone, as a recorded kernel does."""
@@ -191,6 +201,10 @@ class BatchDecodeWithPagedKVCacheWrapper(FakeWrapper):
             for buffer, new in zip(self.fixed, given, strict=True):
                 buffer[: len(new)].copy_(new)
             indptr, indices, last_page_len = self.fixed
+        else:
+            for given in (indptr, last_page_len):  # a slice of a room, on the device, is waited for
+                assert given.untyped_storage().nbytes() == given.nbytes, "the host waits for this"
+            indptr, last_page_len = indptr.clone(), last_page_len.clone()  # as copied to a device
         # Automatic splits follow the batch: fewer sequences, more splits.
         split = DECODE_TILE * (UNSPLIT if disable_split_kv else min(n, 8))
         sizes = (num_qo_heads, num_kv_heads, head_dim, page_size)
