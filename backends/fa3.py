@@ -49,7 +49,7 @@ def isobit_attention_backends() -> list[BackendSpec]:
                         "under a window some rows' bits follow where the prompt was cut"
                     ),
                     "logit_soft_cap": Unsupported(
-                        "the kernel's tanh is good to 11 bits, and scores need more"
+                        "not tried: the kernel's tanh is an approximation, good to 11 bits"
                     ),
                 },
                 deterministic=True,

@@ -170,7 +170,7 @@ def building() -> Iterator[None]:
     timer.start()
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, BackendError):
         raise
     except Exception as error:
         raise ConfigError(
@@ -185,5 +185,4 @@ def building() -> Iterator[None]:
 
 def _index() -> str:
     """Where FlashInfer's ready-made kernels for torch's CUDA are."""
-    cuda = (torch.version.cuda or "13.0").replace(".", "")
-    return f"https://flashinfer.ai/whl/cu{cuda}"
+    return f"https://flashinfer.ai/whl/cu{(torch.version.cuda or '').replace('.', '')}"

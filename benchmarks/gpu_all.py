@@ -5,32 +5,29 @@
     python benchmarks/gpu_all.py --output results --only fa3 "GPU tests"
 
 The first GPU is kept for what is timed, one command after the other. Everything else runs on the
-others, some at a time; where there is only one GPU, before. What is to be kept lands in the folder
-under the names of ``benchmarks/results`` and ``docs/proofs``, and every command's output in its
-``log``. With ``--seconds`` no command begins that could not end in time, and those under way are
-ended. The exit status is 1 if a command failed or was not run.
+others, some at a time; where there is only one GPU, before. What is to be kept lands in the folder:
+measurements under the names of ``benchmarks/results``, proofs under those of ``docs/proofs``, and
+``verify-*.json`` for ``gpu_proof.py --merge``. Every command's output is in its ``log``. With
+``--seconds`` no command begins when hardly any time is left, and those under way are ended. The
+exit status is 1 if a command failed or was not run.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
-from threading import Event, Lock
-from typing import Any
+from threading import Condition
 
 import torch
 from gpu_all_tasks import Task, tasks
+from whole_processes import run_whole
 
 from isobit.cli.columns import columns
 
@@ -49,6 +46,65 @@ class Done:
     last: str = ""
 
 
+class Board:
+    """Tasks that are to be done; several threads take them."""
+
+    def __init__(self, chosen: Sequence[Task]) -> None:
+        self._left = list(chosen)
+        self._unfinished = {task.name for task in chosen}
+        self._crowded: set[int] = set()  # GPUs where a large task runs
+        self._changed = Condition()
+
+    def take(self, gpu: int, *, timed: bool) -> Task | None:
+        """The next task for a GPU, waited for where others must end before; None at the end."""
+        with self._changed:
+            while any(task.timed is timed for task in self._left):
+                task = next((t for t in self._left if self._fits(t, gpu, timed)), None)
+                if task is not None:
+                    self._left.remove(task)
+                    self._crowded |= {gpu} if task.large else set()
+                    return task
+                self._changed.wait()
+            return None
+
+    def ended(self, task: Task, gpu: int) -> None:
+        """What waited for the task, or for its GPU's memory, may begin."""
+        with self._changed:
+            self._unfinished.remove(task.name)
+            self._crowded -= {gpu} if task.large else set()
+            self._changed.notify_all()
+
+    def _fits(self, task: Task, gpu: int, timed: bool) -> bool:
+        waits = task.after in self._unfinished or (task.large and gpu in self._crowded)
+        return task.timed is timed and not waits
+
+
+def share_out(
+    chosen: Sequence[Task], run: Callable[[Task, int], Done], gpus: int, beside: int
+) -> list[Done]:
+    """Run all: what is timed in turn on the first GPU, ``beside`` others on each other one."""
+    board = Board(chosen)
+
+    def work(gpu: int, timed: bool) -> list[Done]:
+        done = []
+        while (task := board.take(gpu, timed=timed)) is not None:
+            try:
+                done.append(run(task, gpu))
+            finally:
+                board.ended(task, gpu)
+        return done
+
+    others = [gpu for gpu in (range(1, gpus) if gpus > 1 else range(1)) for _ in range(beside)]
+    with ThreadPoolExecutor(len(others) + 1) as pool:
+        lanes = [pool.submit(work, gpu, False) for gpu in others]
+        if gpus == 1:
+            for lane in lanes:
+                lane.result()
+        lanes.append(pool.submit(work, 0, True))
+        found = [done for lane in lanes for done in lane.result()]
+    return sorted(found, key=lambda done: chosen.index(done.task))
+
+
 class Commands:
     """Runs commands, each on one GPU, until the time is up.
 
@@ -56,86 +112,57 @@ class Commands:
     :param end: of ``time.monotonic``
     """
 
-    def __init__(self, chosen: Sequence[Task], folder: Path, end: float) -> None:
+    def __init__(self, folder: Path, end: float) -> None:
         self._folder, self._end = folder, end
-        self._ended = {task.name: Event() for task in chosen}
-        self._memory: dict[int, Lock] = defaultdict(Lock)
         (folder / "log").mkdir(parents=True, exist_ok=True)
 
     def run(self, task: Task, gpu: int) -> Done:
-        """Wait for the task that must be before, then run this one."""
-        try:
-            if task.after in self._ended:
-                self._ended[task.after].wait(max(0.0, self._left()))
-            with self._memory[gpu] if task.large else nullcontext():
-                if self._left() < _LEAST:
-                    return Done(task, "not run")
-                return self._run(task, gpu)
-        finally:
-            self._ended[task.name].set()
-
-    def _left(self) -> float:
-        return self._end - time.monotonic()
-
-    def _run(self, task: Task, gpu: int) -> Done:
+        left = self._end - time.monotonic()
+        if left < _LEAST:
+            return Done(task, "not run")
         began = time.monotonic()
-        command = [part.replace("{folder}", str(self._folder)) for part in task.command]
         name = "".join(c if c.isalnum() else "-" for c in task.name)
         log = self._folder / "log" / f"{name}.txt"
-        out = self._folder / task.result if task.result else log
-        with log.open("w") as errors, out.open("a" if out == log else "w") as output:
-            state = _state(
-                [sys.executable, *command],
-                {"CUDA_VISIBLE_DEVICES": str(gpu), "ISOBIT_CACHE": str(_cache(task))},
-                output,
-                errors,
-                min(task.timeout, self._left()),
-            )
+        state = self._state(task, gpu, min(task.timeout, left), log)
         seconds = time.monotonic() - began
         print(f"{task.name}: {state}, {seconds:.0f} s", flush=True)
-        lines = [line for line in out.read_text().splitlines() if line.strip()]
-        return Done(task, state, seconds, lines[-1] if lines and not task.result else "")
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        return Done(task, state, seconds, lines[-1] if lines else "")
+
+    def _state(self, task: Task, gpu: int, timeout: float, log: Path) -> str:
+        """A result has its name only once it is whole."""
+        command = [part.replace("{folder}", str(self._folder)) for part in task.command]
+        environment = {"CUDA_VISIBLE_DEVICES": visible(gpu), "ISOBIT_CACHE": str(_cache(task))}
+        result = self._folder / (task.result or "log/none")
+        part = result.with_name(f"{result.name}.part")
+        with log.open("w") as output, part.open("w") as kept:
+            try:
+                done = run_whole(
+                    [sys.executable, *command],
+                    timeout,
+                    env=os.environ | environment,
+                    cwd=ROOT,
+                    stdout=kept if task.result else output,
+                    stderr=output,
+                )
+            except subprocess.TimeoutExpired:
+                return "cut off"
+        if done.returncode != 0:
+            return f"status {done.returncode}"
+        if task.result:
+            part.replace(result)
+        return "ok"
+
+
+def visible(gpu: int) -> str:
+    """What ``CUDA_VISIBLE_DEVICES`` calls the ``gpu``-th of those that this process may use."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return given.split(",")[gpu] if given else str(gpu)
 
 
 def _cache(task: Task) -> Path:
     """What is chosen by measuring beside other work must not serve what is timed."""
     return Path.home() / ".cache" / ("isobit" if task.timed else "isobit-beside-other-work")
-
-
-def _state(
-    command: Sequence[str], changes: dict[str, str], output: Any, errors: Any, timeout: float
-) -> str:
-    process = subprocess.Popen(
-        command,
-        env=os.environ | changes,
-        cwd=ROOT,
-        stdout=output,
-        stderr=errors,
-        start_new_session=True,
-    )
-    try:
-        status = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # and all that it started
-        process.wait()
-        return "cut off"
-    return "ok" if status == 0 else f"status {status}"
-
-
-def share_out(
-    chosen: Sequence[Task], run: Callable[[Task, int], Done], gpus: int, beside: int
-) -> list[Done]:
-    """Run all: what is timed in turn on the first GPU, ``beside`` others on each other one."""
-    timed = [task for task in chosen if task.timed]
-    others = [task for task in chosen if not task.timed]
-    free = range(1, gpus) if gpus > 1 else range(1)
-    with ThreadPoolExecutor(1) as alone, ThreadPoolExecutor(beside * len(free)) as together:
-        waiting = [together.submit(run, t, g) for t, g in zip(others, cycle(free), strict=False)]
-        if gpus == 1:
-            for future in waiting:
-                future.result()
-        in_turn = [alone.submit(run, task, 0) for task in timed]
-        return [future.result() for future in (*waiting, *in_turn)]
 
 
 def summary(done: Sequence[Done]) -> str:
@@ -148,7 +175,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="the commands; run nothing")
     parser.add_argument("--only", nargs="+", default=[""], help="names that contain one of these")
     parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="a folder")
-    parser.add_argument("--seconds", type=float, default=3600, help="for all of it")
+    parser.add_argument("--seconds", type=float, default=10_000, help="for all of it")
     parser.add_argument("--beside", type=int, default=2, help="untimed commands at a time on a GPU")
     return parser.parse_args(arguments)
 
@@ -166,7 +193,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device; --list shows what would run on one")
-    commands = Commands(chosen, asked.output.absolute(), time.monotonic() + asked.seconds)
+    commands = Commands(asked.output.absolute(), time.monotonic() + asked.seconds)
     done = share_out(chosen, commands.run, torch.cuda.device_count(), asked.beside)
     print(summary(done))
     return 0 if all(d.state == "ok" for d in done) else 1

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gpu_proof_table import TABLE
+
 BACKENDS = ("triton", "fa3", "flashinfer")
 PAIRS = ("prefill=fa3,decode=triton", "prefill=flashinfer,decode=triton")
 WORKLOADS = "256:1024:512,64:512:256,1:512:256,64:2048:1,1:32000:128,16:8000:128"
-_SHAPE = ("--device", "cuda", "--model-config", "qwen3-8b", "--load-format", "random")
+_LARGEST = "qwen3-8b"
+_SHAPE = ("--device", "cuda", "--model-config", _LARGEST, "--load-format", "random")
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +21,7 @@ class Task:
     command: without the interpreter; ``{folder}`` stands for the folder of the results
     result:  the file there that gets what the command prints, where that is what is kept
     timed:   whether it is a measurement, which shares its GPU with nothing
-    large:   whether it takes most of a GPU's memory
+    large:   whether it takes more than half of a GPU's memory
     after:   the task that must have ended before, where it was chosen too
     timeout: seconds
     """
@@ -60,17 +63,25 @@ def _correctness(cores: int) -> Iterator[Task]:
     pytest = ("-m", "pytest", "-q", "-rs", "-n", str(min(8, max(1, cores // 4))))
     yield Task("mutants", (*pytest, "tests/plugins/test_mutants.py"))
     yield Task("GPU tests", (*pytest, "-m", "gpu", "tests"))
-    for backend in (*BACKENDS, *PAIRS):
+    for backend, model in _configured():
+        large = model == _LARGEST
         yield Task(
-            f"verify on {backend}",
+            f"verify of {model} on {backend}",
             (
-                *("benchmarks/gpu_proof.py", "--backend", backend, "--timeout", "500"),
-                *("--output", f"{{folder}}/verify-{_spelt(backend)}.json"),
+                *("benchmarks/gpu_proof.py", "--backend", backend, "--only", model),
+                *("--memory", "80" if large else "45", "--timeout", "900"),
+                *("--output", f"{{folder}}/verify-{model}-{_spelt(backend)}.json"),
             ),
-            large=True,
+            large=large,
             after=_needs(backend),
-            timeout=560,
+            timeout=3000,
         )
+
+
+def _configured() -> list[tuple[str, str]]:
+    """The backends and models of the table of configurations, the largest model first."""
+    found = dict.fromkeys((c.backend, c.model.name) for c in TABLE)
+    return sorted(found, key=lambda pair: pair[1] != _LARGEST)
 
 
 def _speed() -> Iterator[Task]:

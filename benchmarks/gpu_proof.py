@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from gpu_proof_lanes import side_by_side
 from gpu_proof_table import TABLE, TRIAL, Configuration
+from whole_processes import run_whole
 
 from isobit.backends.capabilities import Capabilities, Unsupported
 from isobit.cli.columns import columns
@@ -50,19 +51,20 @@ def prove(configuration: Configuration, device: str, timeout: float, commit: str
     arguments = configuration.arguments(device)
     began, rows, problem = time.perf_counter(), [], ""
     try:
-        done = subprocess.run(
+        done = run_whole(
             [sys.executable, "-m", "isobit.cli.main", *arguments],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=timeout,
+            timeout,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
         rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if done.returncode != 0:
             tail = " ".join(done.stderr.splitlines()[-3:])
             problem = f"exit status {done.returncode}: {tail}"
     except subprocess.TimeoutExpired as expired:
-        problem = f"not done after {timeout:g} s; {len(_text(expired.stdout).splitlines())} rows"
+        problem = (
+            f"not done after {timeout:g} s; {len(str(expired.stdout or '').splitlines())} rows"
+        )
     excused = not_promised(PluginHost().require(configuration.backend).spec.capabilities)
     skipped = {
         row["invariance"]: row["skipped"]
@@ -123,10 +125,6 @@ def _versions(backend: str, device: str) -> dict[str, str]:
         return versions_of(find_subject(backend, PluginHost()), device)
     except ConfigError:
         return {}
-
-
-def _text(output: str | bytes | None) -> str:
-    return output.decode() if isinstance(output, bytes) else output or ""
 
 
 def disagreements(entries: Iterable[dict[str, Any]]) -> list[str]:

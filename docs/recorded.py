@@ -7,12 +7,14 @@ pages name the commands beside the tables.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 from tables import table
 
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 GPU_PROOF = RESULTS / "h200-verify.json"
 _PEERS = ("vLLM", "vLLM, batch-invariant", "SGLang", "SGLang, deterministic")
 _BACKENDS = {
@@ -27,28 +29,32 @@ _NOTHING = "Not recorded yet.\n"
 
 
 def gpu_throughput() -> str:
-    """``isobit bench throughput``, and what peers took on the same card; with ``--compare`` also
-    the engine whose constraints are lifted."""
-    rows = _lines("h200-qwen3-8b-throughput.jsonl")
-    lifted = {_workload(row): row for row in rows if not row["deterministic"]}
-    peers = {peer["workload"]: peer for peer in _peers()}
+    """``isobit bench throughput --compare``: the engine, with the constraints lifted, and what
+    peers took on the same card; and an earlier run that nothing disturbed."""
+    rows, quiet = (_lines(f"h200-qwen3-8b-throughput{ending}.jsonl") for ending in ("", "-quiet"))
+    held, lifted = (
+        _complete([row for row in rows if row["deterministic"] is deterministic], "throughput")
+        for deterministic in (True, False)
+    )
+    earlier = _complete(quiet, "throughput-quiet")
     lines = []
-    for row in (row for row in rows if row["deterministic"]):
-        peer = peers[_workload(row)]
+    for peer in _peers():
+        row = held[peer["workload"]]
+        ours = [_figure(rows[peer["workload"]], peer) for rows in (held, earlier)]
+        fastest = min(time for time in (*ours, *(peer[name] for name in _PEERS)) if time)
         lines.append(
             (
                 _spelt(peer),
-                f"**{_figure(row, peer):.2f}** {peer['unit']}",
-                *([f"{_figure(lifted[_workload(row)], peer):.2f}"] if lifted else []),
-                *_figures(peer),
+                peer["unit"],
+                *(_cell(time, bold=time == fastest) for time in ours),
+                _cell(_figure(lifted[peer["workload"]], peer)),
+                *(_cell(peer[name], bold=peer[name] == fastest) for name in _PEERS),
                 f"{row['share_of_limit']:.0%}",
                 f"{row['device_idle_share']:.1%}",
             )
         )
-    ours = ("Isobit", "Isobit, lifted") if lifted else ("Isobit",)
-    return table(
-        ("requests x input → output", *ours, *_PEERS, "of the limit", "device idle"), lines
-    )
+    head = ("requests x input → output", "unit", "Isobit", "Isobit, earlier", "Isobit, lifted")
+    return table((*head, *_PEERS, "of the limit", "device idle"), lines)
 
 
 def gpu_backends() -> str:
@@ -56,17 +62,13 @@ def gpu_backends() -> str:
     backend alone stands beside the peers in ``gpu_throughput``."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for backend, rows in _of_backends("h200-qwen3-8b-throughput", unnamed="triton").items():
-        found[backend] = {_workload(row): row for row in rows if row["deterministic"]}
+        found[backend] = _complete([row for row in rows if row["deterministic"]], backend)
     if len(found) < 2:
         return _NOTHING
     lines = []
     for peer in _peers():
-        times = [
-            _figure(rows[peer["workload"]], peer) if peer["workload"] in rows else None
-            for rows in found.values()
-        ]
-        fastest = min((time for time in times if time is not None), default=None)
-        ours = [_cell(time, bold=time == fastest) for time in times]
+        times = [_figure(rows[peer["workload"]], peer) for rows in found.values()]
+        ours = [_cell(time, bold=time == min(times)) for time in times]
         lines.append((_spelt(peer), peer["unit"], *ours, *_figures(peer)))
     names = [f"`{backend}`" for backend in found]
     return table(("requests x input → output", "unit", *names, *_PEERS), lines)
@@ -75,7 +77,7 @@ def gpu_backends() -> str:
 def gpu_turns() -> str:
     """``isobit bench turns`` on every backend whose rows are recorded.
 
-    :raises SystemExit: two were given other conversations.
+    :raises SystemExit: two were given other conversations, or a run was cut off.
     """
     found = _of_backends("h200-turns")
     if not found:
@@ -83,6 +85,8 @@ def gpu_turns() -> str:
     lines, shapes = [], {}
     for backend, rows in found.items():
         *turns, total = rows
+        if total["turn"] != "total":
+            raise SystemExit(f"the recorded turns of {backend} were cut off: measure them again")
         shapes.setdefault(tuple((row["turn"], row["prompt_tokens"]) for row in rows), backend)
         lines.append(
             (
@@ -98,6 +102,18 @@ def gpu_turns() -> str:
     numbers = [f"turn {row['turn']}" for row in turns]
     head = ("backend", *numbers, "all turns", "possible")
     return table((*head, "first token of the last turn, ms", "seconds"), lines)
+
+
+def _complete(rows: list[dict[str, Any]], run: str) -> dict[str, dict[str, Any]]:
+    """The rows by workload.
+
+    :raises SystemExit: one of the peers' workloads is not there: the run was cut off.
+    """
+    found = {_workload(row): row for row in rows}
+    lacking = [peer["workload"] for peer in _peers() if peer["workload"] not in found]
+    if lacking:
+        raise SystemExit(f"the recorded run {run} lacks {', '.join(lacking)}: measure it again")
+    return found
 
 
 def _of_backends(stem: str, unnamed: str = "") -> dict[str, list[dict[str, Any]]]:
@@ -164,6 +180,7 @@ def gpu_steps() -> str:
     ]
     lines += [
         ("the device in all", *(f"{step['device_ms']:.2f}" for step in steps)),
+        ("the step, with the host's part", *(f"{step['step_ms']:.2f}" for step in steps)),
         (
             "at least, by the limit",
             *(f"{step['floor_ms']:.2f} ({step['limit']})" for step in steps),
@@ -232,8 +249,29 @@ def gpu_proof() -> str:
     return (
         table((*head, "longest prompt", "rows held", "digest", "seconds"), rows)
         + (f"\n{lines}" if lines else "")
-        + f"\n{_provenance(entries)}\n"
+        + f"\n{_not_run(entries)}{_provenance(entries)}\n"
     )
+
+
+def _not_run(entries: list[dict[str, Any]]) -> str:
+    """How many configurations of the table are not recorded, and which."""
+    names = {entry["name"] for entry in entries}
+    lacking = [f"`{name}`" for name in _configurations() if name not in names]
+    if not lacking:
+        return ""
+    return (
+        f"{len(lacking)} of the table's configurations are not recorded: {', '.join(lacking)}.\n\n"
+    )
+
+
+def _configurations() -> list[str]:
+    """The names in the table of ``benchmarks/gpu_proof.py``."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        from gpu_proof_table import TABLE
+    finally:
+        sys.path.pop(0)
+    return [configuration.name for configuration in TABLE]
 
 
 def _skipped(entry: dict[str, Any]) -> list[str]:

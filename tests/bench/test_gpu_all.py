@@ -10,8 +10,8 @@ from threading import Lock
 from types import ModuleType
 from typing import Any
 
+import click
 import pytest
-from click.testing import CliRunner
 
 import isobit
 from isobit.cli.main import main
@@ -39,7 +39,7 @@ def test_every_backend_is_judged_verified_and_timed_under_one_name(script: Modul
     names = [task.name for task in every]
     assert len(set(names)) == len(names)
     for backend in ("triton", "fa3", "flashinfer"):
-        for kind in ("conformance of", "verify on", "throughput of", "turns of"):
+        for kind in ("conformance of", "verify of smollm2 on", "throughput of", "turns of"):
             assert f"{kind} {backend}" in names
     assert all(task.after in ("", *names[: names.index(task.name)]) for task in every)
     results = [task.result for task in every if task.result]
@@ -47,51 +47,73 @@ def test_every_backend_is_judged_verified_and_timed_under_one_name(script: Modul
     assert all(task.timed for task in every if task.result)
 
 
+def parsed(command: click.Command, arguments: list[str]) -> None:
+    """Parse the arguments down to the last command, and run none."""
+    context = command.make_context(command.name, arguments)
+    if isinstance(command, click.Group):
+        left = context._protected_args + context.args
+        _, inner, rest = command.resolve_command(context, left)
+        assert inner is not None
+        parsed(inner, rest)
+
+
 def test_every_command_is_one_that_there_is(script: ModuleType) -> None:
-    """With ``--help`` behind it, a command parses what stands before and runs nothing."""
+    import gpu_proof
+
     for task in script.tasks(16):
         if task.command[:2] == ("-m", "isobit.cli.main"):
-            result = CliRunner().invoke(main, [*task.command[2:], "--help"])
-            assert (result.exit_code, task.name) == (0, task.name), result.output
+            parsed(main, list(task.command[2:]))
+        elif task.command[0] == "benchmarks/gpu_proof.py":
+            gpu_proof.parse(task.command[1:])
         elif task.command[0] != "-m":
             assert (FOLDER.parent / task.command[0]).is_file()
+    with pytest.raises(click.BadParameter):
+        parsed(main, ["bench", "turns", "--turns", "0"])
 
 
-def test_what_is_timed_has_the_first_gpu_for_itself(script: ModuleType) -> None:
-    running: set[tuple[str, int]] = set()
+@pytest.mark.parametrize(("gpus", "beside"), [(1, 2), (3, 2), (2, 1)])
+def test_what_is_timed_has_the_first_gpu_for_itself(
+    script: ModuleType, gpus: int, beside: int
+) -> None:
+    running: list[tuple[Any, int]] = []
     seen, lock = [], Lock()
 
     def run(task: Any, gpu: int) -> Any:
         with lock:
-            running.add((task.name, gpu))
-            seen.append((task, gpu, {other for other in running if other[1] == gpu}))
-        time.sleep(0.02)
+            running.append((task, gpu))
+            seen.append((task, gpu, [other for other, where in running if where == gpu]))
+        time.sleep(0.1 if task.large else 0.01)
         with lock:
-            running.remove((task.name, gpu))
+            running.remove((task, gpu))
         return script.Done(task, "ok")
 
-    chosen = [script.Task(f"t{i}", (), timed=i % 2 == 0) for i in range(10)]
-    for gpus in (1, 3):
-        seen.clear()
-        done = script.share_out(chosen, run, gpus, beside=2)
-        assert {d.task.name for d in done} == {task.name for task in chosen}
-        for task, gpu, beside in seen:
-            assert not task.timed or (gpu == 0 and len(beside) == 1)
-            assert task.timed or gpus == 1 or gpu > 0
+    def task(i: int) -> Any:
+        return script.Task(f"t{i}", (), timed=i % 3 == 0, large=i % 3 == 1)
+
+    chosen = [task(i) for i in range(18)]
+    done = script.share_out(chosen, run, gpus, beside)
+    assert [d.task for d in done] == chosen
+    for task, gpu, together in seen:
+        assert not task.timed or (gpu == 0 and together == [task])
+        assert task.timed or gpus == 1 or gpu > 0
+        assert len(together) <= beside
+        assert sum(other.large for other in together) <= 1
 
 
 def test_results_logs_and_states(script: ModuleType, tmp_path: Path) -> None:
     chosen = [
-        python(script, "good one", "print('{folder}'); print('last')"),
+        python(script, "good one", "import os; print('{folder}'); os.system('echo last >&2')"),
         python(script, "kept", "print(1)", result="kept.jsonl", timed=True),
-        python(script, "bad", "raise SystemExit(3)"),
+        python(script, "bad", "print(2); raise SystemExit(3)", result="bad.jsonl", timed=True),
     ]
-    commands = script.Commands(chosen, tmp_path, time.monotonic() + 60)
+    commands = script.Commands(tmp_path, time.monotonic() + 60)
     good, kept, bad = (commands.run(task, 0) for task in chosen)
     assert (good.state, good.last) == ("ok", "last")
     assert (tmp_path / "log" / "good-one.txt").read_text() == f"{tmp_path}\nlast\n"
     assert (kept.state, (tmp_path / "kept.jsonl").read_text()) == ("ok", "1\n")
     assert bad.state == "status 3"
+    assert not (tmp_path / "bad.jsonl").exists()  # what is not whole has not the name
+    assert (tmp_path / "bad.jsonl.part").read_text() == "2\n"
     assert "good one" in script.summary([good, kept, bad])
 
 
@@ -101,15 +123,24 @@ def test_what_takes_too_long_ends_with_all_that_it_started(
     child = f"import time; time.sleep(2); open({str(tmp_path / 'alive')!r}, 'w')"
     program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     slow = python(script, "slow", program, timeout=1.0)
-    commands = script.Commands([slow], tmp_path, time.monotonic() + 60)
+    commands = script.Commands(tmp_path, time.monotonic() + 60)
     assert commands.run(slow, 0).state == "cut off"
     time.sleep(2.5)
     assert not (tmp_path / "alive").exists()
 
 
+def test_a_gpu_is_one_of_those_that_may_be_used(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert script.visible(1) == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert script.visible(1) == "5"
+
+
 def test_nothing_begins_without_time_left(script: ModuleType, tmp_path: Path) -> None:
     late = python(script, "late", "print(1)")
-    commands = script.Commands([late], tmp_path, time.monotonic() + 1)
+    commands = script.Commands(tmp_path, time.monotonic() + 1)
     assert commands.run(late, 0).state == "not run"
 
 
@@ -117,6 +148,6 @@ def test_a_task_waits_for_the_one_before_it(script: ModuleType, tmp_path: Path) 
     place = str(tmp_path / "made")
     first = python(script, "first", f"import time; time.sleep(0.5); open({place!r}, 'w')")
     second = python(script, "second", f"open({place!r})", after="first")
-    commands = script.Commands([first, second], tmp_path, time.monotonic() + 60)
+    commands = script.Commands(tmp_path, time.monotonic() + 60)
     done = script.share_out([first, second], commands.run, 1, beside=2)
     assert [d.state for d in done] == ["ok", "ok"]

@@ -199,7 +199,7 @@ def test_a_row_that_was_not_run_is_a_failure(
 ) -> None:
     """Not run for a reason, or not there at all."""
     done = printed("cache", without="rng")
-    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: done)
+    monkeypatch.setattr(script, "run_whole", lambda *args, **options: done)
     found = script.prove(script.TRIAL[0], "cpu", 1.0, "commit")
     assert found["failures"] == ["cache: not run; rng: not run"]
     assert found["skipped"] == {}
@@ -212,7 +212,7 @@ def test_a_row_that_the_declaration_excuses_is_none(
 ) -> None:
     configuration = next(c for c in script.TABLE if c.backend == backend)
     done = printed("score")
-    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: done)
+    monkeypatch.setattr(script, "run_whole", lambda *args, **options: done)
     found = script.prove(configuration, "cpu", 1.0, "commit")
     assert found["failures"] == []
     assert found["skipped"] == {"score": "no score"}
@@ -230,7 +230,7 @@ def test_a_backend_that_promises_all_is_excused_from_nothing(
 ) -> None:
     configuration = next(c for c in script.TABLE if c.backend == backend)
     done = printed("score")
-    monkeypatch.setattr(script.subprocess, "run", lambda *args, **options: done)
+    monkeypatch.setattr(script, "run_whole", lambda *args, **options: done)
     found = script.prove(configuration, "cpu", 1.0, "commit")
     assert found["failures"] == ["score: not run"]
 

@@ -14,6 +14,7 @@ import pytest
 PAIR = "prefill=fa3,decode=triton"
 STEM = "h200-qwen3-8b-throughput"
 ENTRY = {
+    "name": "m page 16",
     "model": "m",
     "backend": "triton",
     "page_size": 16,
@@ -111,7 +112,7 @@ def test_a_reason_to_skip_a_row_stands_once_for_a_backend(
     assert "| 16,000 | 1 [2], **1 failed** |" in text
     assert (
         "\n\n- [1] flashinfer, score: not run, not promised\n"
-        f"- [2] {PAIR}, score: not run, not promised\n\na GPU"
+        f"- [2] {PAIR}, score: not run, not promised\n\n"
     ) in text
 
 
@@ -121,7 +122,8 @@ def test_backends_stand_beside_each_other_in_the_peers_units(
     write_peers(results)
     lifted = measured("triton", "64:2048:1", 0.5, 0.5) | {"deterministic": False}
     triton = [measured("triton", "64:2048:1", 5.0, 9.0), measured("triton", "1:512:256", 9.0, 4.0)]
-    write_lines(results / f"{STEM}-fa3-triton.jsonl", [measured(PAIR, "64:2048:1", 6.0, 1.0)])
+    pair = [measured(PAIR, "64:2048:1", 6.0, 1.0), measured(PAIR, "1:512:256", 1.0, 5.0)]
+    write_lines(results / f"{STEM}-fa3-triton.jsonl", pair)
     write_lines(results / f"{STEM}.jsonl", [*triton, lifted])
     write_lines(
         results / f"{STEM}-flashinfer.jsonl",
@@ -136,7 +138,7 @@ def test_backends_stand_beside_each_other_in_the_peers_units(
     )
     assert lines[2:] == [
         "| 64 x 2,048 → 1 | s | 5.00 | **4.00** | 6.00 | 1.00 | 2.00 | 3.00 | - |",
-        "| 1 x 512 → 256 | ms a token | **4.00** | 4.50 | - | 1.00 | 2.00 | 3.00 | - |",
+        "| 1 x 512 → 256 | ms a token | **4.00** | 4.50 | 5.00 | 1.00 | 2.00 | 3.00 | - |",
     ]
 
 
@@ -159,7 +161,8 @@ def test_turns_have_a_row_a_backend(generator: ModuleType, results: Path) -> Non
 def test_what_has_no_file_is_said_not_to_be_recorded(generator: ModuleType, results: Path) -> None:
     write_peers(results)
     assert generator.gpu_turns() == generator.gpu_backends() == "Not recorded yet.\n"
-    write_lines(results / f"{STEM}.jsonl", [measured("triton", "64:2048:1", 5.0, 9.0)])
+    both = [measured("triton", work, 5.0, 9.0) for work in ("64:2048:1", "1:512:256")]
+    write_lines(results / f"{STEM}.jsonl", both)
     assert generator.gpu_backends() == "Not recorded yet.\n"  # one is beside no other
 
 
@@ -180,3 +183,40 @@ def test_turns_of_other_conversations_stop_the_generator(
     write_lines(results / "h200-turns-fa3.jsonl", turns("fa3", prompt_tokens=200))
     with pytest.raises(SystemExit, match="triton and fa3 were given other conversations"):
         generator.gpu_turns()
+
+
+def test_a_run_that_was_cut_off_stops_the_generator(generator: ModuleType, results: Path) -> None:
+    write_peers(results)
+    write_lines(results / f"{STEM}-fa3.jsonl", [measured("fa3", "64:2048:1", 5.0, 9.0)])
+    with pytest.raises(SystemExit, match=r"fa3 lacks 1:512:256"):
+        generator.gpu_backends()
+    write_lines(results / "h200-turns-triton.jsonl", turns("triton")[:-1])
+    with pytest.raises(SystemExit, match="turns of triton were cut off"):
+        generator.gpu_turns()
+
+
+def test_held_lifted_and_an_earlier_run_stand_beside_the_peers(
+    generator: ModuleType, results: Path
+) -> None:
+    write_peers(results)
+    shares = {"share_of_limit": 0.5, "device_idle_share": 0.01}
+    works = ("64:2048:1", "1:512:256")
+    held = [measured("triton", work, 0.9, 0.8) | shares for work in works]
+    lifted = [measured("triton", work, 2.5, 2.6) | {"deterministic": False} for work in works]
+    write_lines(results / f"{STEM}.jsonl", [*held, *lifted])
+    write_lines(results / f"{STEM}-quiet.jsonl", [measured("triton", w, 1.5, 0.7) for w in works])
+    lines = generator.gpu_throughput().splitlines()
+    ending = "1.00 | 2.00 | 3.00 | - | 50% | 1.0% |"
+    assert lines[2:] == [
+        f"| 64 x 2,048 → 1 | s | **0.90** | 1.50 | 2.50 | {ending}",
+        f"| 1 x 512 → 256 | ms a token | 0.80 | **0.70** | 2.60 | {ending}",
+    ]
+
+
+def test_what_of_the_table_is_not_recorded_is_named(generator: ModuleType, results: Path) -> None:
+    recorded = sys.modules["recorded"]
+    first, *others = recorded._configurations()
+    (results / "proof.json").write_text(json.dumps([ENTRY | {"name": first}]))
+    text = generator.gpu_proof()
+    assert f"{len(others)} of the table's configurations are not recorded: `{others[0]}`" in text
+    assert f"`{first}`" not in text
