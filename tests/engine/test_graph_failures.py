@@ -76,7 +76,8 @@ def test_a_model_that_cannot_be_captured_in_pieces_is_named(small_folder: Path) 
     runner.model = waits
     message = (
         rf"model '{re.escape(str(small_folder))}' cannot be captured in pieces .* waits for the "
-        r"device, which a captured graph cannot do\. Pass cuda_graph_max_tokens=0, or cuda_graph=False\.$"
+        r"device, which a captured graph cannot do\. Pass cuda_graph_max_tokens=0, or "
+        r"cuda_graph=False\.$"
     )
     with pytest.raises(ConfigError, match=message) as caught:
         startup._capture(config, runner, 16)
