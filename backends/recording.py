@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -45,6 +45,7 @@ _SIZED_BY_VALUES = {
     "aten::where",
 }
 _REPEATS = {"aten::repeat_interleave.Tensor", "aten::repeat_interleave.self_Tensor"}
+_INDEXED = {"aten::index.Tensor", "aten::index_put", "aten::index_put_"}
 _MASKS = (torch.bool, torch.uint8)
 
 
@@ -235,13 +236,10 @@ def _sized_by_values(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """Whether a call's result, or what it computes on the way, has as many rows as values say."""
     if name in _REPEATS:
         return kwargs.get("output_size") is None
-    if name == "aten::index.Tensor":
-        return bool(_masks(args[1]))
-    if name in ("aten::index_put", "aten::index_put_"):
-        # A number of the host's (it has no axis) where a single mask says so is a masked fill.
-        return bool(_masks(args[1])) and (args[2].dim() > 0 or len(tree_leaves(args[1])) > 1)
-    return name in _SIZED_BY_VALUES
-
-
-def _masks(indices: Sequence[Tensor | None]) -> list[Tensor]:
-    return [t for t in indices if t is not None and t.dtype in _MASKS]
+    if name not in _INDEXED:
+        return name in _SIZED_BY_VALUES
+    indices = [index for index in args[1] if index is not None]
+    if not any(index.dtype in _MASKS for index in indices):
+        return False
+    # A number of the host's (it has no axis) where a single mask says so is a masked fill.
+    return name == "aten::index.Tensor" or args[2].dim() > 0 or len(indices) > 1
