@@ -57,9 +57,9 @@ class Selection:
 
 
 class BackendRefusedError(ConfigError):
-    """The backend that was asked for cannot hold the rest of what was asked.
+    """The backend that was asked for, or with ``"auto"`` every one, cannot hold what was asked.
 
-    :param refusals: every reason.
+    :param refusals: every reason that the rules and the plugins gave.
     """
 
     def __init__(self, message: str, refusals: tuple[Refusal, ...]) -> None:
@@ -78,8 +78,9 @@ def select_backend(
     """The backend ``name``, or with ``"auto"`` the first of the order that holds what is asked.
 
     :param probe: called before ``"auto"`` takes a backend, which its ``ConfigError`` prevents.
-    :raises BackendRefusedError: the named backend cannot; with all reasons and who else could.
-    :raises ConfigError: no such backend, its plugin is broken, or with ``"auto"`` none can.
+    :raises BackendRefusedError: the named backend cannot, with all reasons and who else could; or
+        with ``"auto"`` none can, with the reasons of each.
+    :raises ConfigError: no such backend, or its plugin is broken.
     """
     if name == "auto":
         return _select_auto(requirements, host, installed, probe)
@@ -156,8 +157,10 @@ def load_factory(spec: BackendSpec) -> type[AttentionBackend]:
     if not (inspect.isclass(factory) and issubclass(factory, AttentionBackend)):
         raise ConfigError(f"{prefix} is no subclass of AttentionBackend. Mend the plugin.")
     written = spec.capabilities.engine_writes_kv
-    call, shape = "run_written" if written else "run", "kv_cache_shape"
-    inherited = {n for n in (call, shape) if getattr(factory, n) is getattr(AttentionBackend, n)}
+    shape, calls = "kv_cache_shape", {"run_written" if written else "run"}
+    if not isinstance(spec.capabilities.cell("cuda_graph"), Unsupported):
+        calls |= {"capture", "replay"}
+    inherited = {n for n in (shape, *calls) if getattr(factory, n) is getattr(AttentionBackend, n)}
     missing = sorted(factory.__abstractmethods__ | (inherited - {shape}))
     if missing:
         raise ConfigError(f"{prefix} does not implement {', '.join(missing)}. Mend the plugin.")
@@ -191,14 +194,18 @@ def _select_auto(
 ) -> Selection:
     taken: RegisteredBackend | None = None
     rejected: dict[str, str] = {}
+    refused: list[Refusal] = []
     for name in _auto_names(host):
         backend = host.backends().get(name)
         if backend is None:
             reason = host.unavailable(name)
             if reason is not None:
                 rejected[name] = f"{reason}."
-        elif objection := _passed_over(backend.spec, requirements, host, installed):
-            rejected[name] = objection
+        elif backend.spec.unproved:
+            rejected[name] = f"{backend.spec.unproved}: it is taken by name only."
+        elif reasons := objections(requirements, backend.spec, host, installed=installed):
+            rejected[name] = " ".join(map(str, reasons))
+            refused += reasons
         elif taken is not None:
             rejected[name] = f"could serve, but comes after {taken.spec.name} in the order."
         elif objection := _broken(probe, backend.spec):
@@ -209,20 +216,12 @@ def _select_auto(
         return _selection(taken, requirements, rejected)
     tried = "".join(f"\n- {name}: {reason}" for name, reason in rejected.items())
     problems = "".join(f"\n- {problem}" for problem in host.problems())
-    raise ConfigError(
+    raise BackendRefusedError(
         "no attention backend can serve what was asked."
         + (tried or " None is installed.")
-        + (f"\nProblems with plugins:{problems}" if problems else "")
+        + (f"\nProblems with plugins:{problems}" if problems else ""),
+        tuple(refused),
     )
-
-
-def _passed_over(
-    spec: BackendSpec, requirements: Requirements, host: PluginHost, installed: Installed
-) -> str:
-    """Why ``"auto"`` does not take a backend, by what is declared; empty where it could."""
-    if spec.unproved:
-        return f"{spec.unproved}: it is taken by name only."
-    return " ".join(map(str, objections(requirements, spec, host, installed=installed)))
 
 
 def _broken(probe: Callable[[BackendSpec], object], spec: BackendSpec) -> str:

@@ -98,7 +98,8 @@ def join(prefill: BackendSpec, decode: BackendSpec) -> PairSpec:
             + "\nPass two that agree, or one backend for both phases."
         )
     p, d = prefill.capabilities, decode.capabilities
-    lowest, highest = _gpus(p, d)
+    devices = _devices(p, d)
+    lowest, highest = _gpus(p, d) if "cuda" in devices else (None, None)
     holders = {"cuda_graph": (decode,), "chunked_prefill": (prefill,)}
     both = (prefill, decode)
     unproved = [f"{spec.name}: {spec.unproved}" for spec in both if spec.unproved]
@@ -108,7 +109,7 @@ def join(prefill: BackendSpec, decode: BackendSpec) -> PairSpec:
         factory=f"{FACTORY_MODULE}:{prefill.factory},{decode.factory}",
         capabilities=Capabilities(
             dtypes=p.dtypes & d.dtypes,
-            devices=p.devices & d.devices,
+            devices=devices,
             head_dims=_shared(p.head_dims, d.head_dims),
             page_sizes=_shared(p.page_sizes, d.page_sizes),
             compute_capability=lowest,
@@ -139,8 +140,7 @@ def _problems(prefill: BackendSpec, decode: BackendSpec) -> Iterator[str]:
         if shared is not None and not shared:
             offers = f"offers {describe_set(one)}, {decode.name} {describe_set(other)}"
             yield f"{name}: {prefill.name} {offers}"
-    lowest, highest = _gpus(p, d)
-    if lowest and highest and lowest > highest:
+    if "cuda" in _devices(p, d) and _disjoint(*_gpus(p, d)):
         yield f"compute_capability: {prefill.name} offers {p.gpus}, {decode.name} {d.gpus}"
     for spec in (prefill, decode):
         if not spec.capabilities.engine_writes_kv:
@@ -159,10 +159,18 @@ def _shared(
     return one & other
 
 
+def _devices(p: Capabilities, d: Capabilities) -> AbstractSet[str]:
+    """What both offer; of CPU and GPU the CPU alone where they serve no GPU together."""
+    both = p.devices & d.devices
+    return both - {"cuda"} if "cpu" in both and _disjoint(*_gpus(p, d)) else both
+
+
+def _disjoint(lowest: tuple[int, int] | None, highest: tuple[int, int] | None) -> bool:
+    return lowest is not None and highest is not None and lowest > highest
+
+
 def _gpus(p: Capabilities, d: Capabilities) -> _Gpus:
-    """The lowest and the highest compute capability that both serve, if both serve GPUs."""
-    if "cuda" not in p.devices & d.devices:
-        return None, None
+    """The lowest and the highest compute capability that both serve."""
     lowest = [c.compute_capability for c in (p, d) if c.compute_capability]
     highest = [c.highest_compute_capability for c in (p, d) if c.highest_compute_capability]
     return max(lowest, default=None), min(highest, default=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -20,8 +21,32 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import BackendError
 
-_WAITS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"}
-_SIZED_BY_VALUES = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::unique_dim"}
+_WAITS = {
+    "aten::_local_scalar_dense",
+    "aten::allclose",
+    "aten::equal",
+    "aten::is_nonzero",
+    "aten::item",
+    "aten::narrow.Tensor",
+}
+_SIZED_BY_VALUES = {
+    "aten::_unique",
+    "aten::_unique2",
+    "aten::argwhere",
+    "aten::bincount",
+    "aten::combinations",
+    "aten::masked_select",
+    "aten::nonzero",
+    "aten::nonzero_numpy",
+    "aten::tensor_split.tensor_indices_or_sections",
+    "aten::unique_consecutive",
+    "aten::unique_dim",
+    "aten::unique_dim_consecutive",
+    "aten::where",
+}
+_REPEATS = {"aten::repeat_interleave.Tensor", "aten::repeat_interleave.self_Tensor"}
+_INDEXED = {"aten::index.Tensor", "aten::index_put", "aten::index_put_"}
+_MASKS = (torch.bool, torch.uint8)
 
 
 class Recorded(Protocol):
@@ -119,6 +144,7 @@ def _new_stream(device: int) -> torch.cuda.Stream:
 def _capturing(device: torch.device) -> Iterator[None]:
     torch.cuda.empty_cache()  # during a capture the allocator cannot give its stock back
     state = torch.cuda.get_rng_state()
+    outer = sys.exception()
     collecting = gc.isenabled()
     gc.disable()  # an older graph that is collected during a capture would end it
     try:
@@ -129,7 +155,7 @@ def _capturing(device: torch.device) -> Iterator[None]:
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
         generator.graphsafe_set_state(torch.Generator("cuda").graphsafe_get_state())
         torch.cuda.set_rng_state(state)
-        cause = _first_cause(error)
+        cause = _first_cause(error, outer)
         if isinstance(cause, torch.OutOfMemoryError):
             raise cause from None
         first_line = str(cause).partition("\n")[0]
@@ -141,9 +167,12 @@ def _capturing(device: torch.device) -> Iterator[None]:
             gc.enable()
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """What went wrong first: the end of a broken capture raises once more."""
-    while error.__context__ is not None:
+def _first_cause(error: BaseException, outer: BaseException | None) -> BaseException:
+    """What went wrong first: the end of a broken capture raises once more.
+
+    :param outer: what the caller was handling before, which is no part of it
+    """
+    while error.__context__ is not None and error.__context__ is not outer:
         error = error.__context__
     return error
 
@@ -186,11 +215,10 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        name = func._schema.name
+        name = func.name().removesuffix(".out").removesuffix("_out")  # "aten::name.overload"
         if name in _WAITS:
             raise BackendError(f"{name} waits for the device, which a captured graph cannot do")
-        masks = [t for t in tree_leaves(args) if isinstance(t, Tensor) and t.dtype == torch.bool]
-        if name in _SIZED_BY_VALUES or (name == "aten::index" and masks):
+        if _sized_by_values(name, args, kwargs):
             raise BackendError(f"{name} sizes a tensor by values; a captured graph cannot do that")
         result = func(*args, **kwargs)
         self._calls.append((func, args, kwargs, result))
@@ -202,3 +230,16 @@ class _Tape(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for old, new in zip(tree_leaves(recorded), tree_leaves(again), strict=True):
                 if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
+
+
+def _sized_by_values(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call's result, or what it computes on the way, has as many rows as values say."""
+    if name in _REPEATS:
+        return kwargs.get("output_size") is None
+    if name not in _INDEXED:
+        return name in _SIZED_BY_VALUES
+    indices = [index for index in args[1] if index is not None]
+    if not any(index.dtype in _MASKS for index in indices):
+        return False
+    # A number of the host's (it has no axis) where a single mask says so is a masked fill.
+    return name == "aten::index.Tensor" or args[2].dim() > 0 or len(indices) > 1

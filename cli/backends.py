@@ -66,10 +66,9 @@ def command(
         PluginHost, disabled=kwargs["disable_plugins"], strict_plugins=kwargs["strict_plugins"]
     )
     host = make_host()
-    requirements = _requirements(kwargs) if explain else None
+    requirements, taken = _judged(kwargs, host) if explain else (None, None)
     name = kwargs["attention_backend"]
     rows = matrix_rows(host, requirements, pair=host.require(name) if parse_pair(name) else None)
-    taken = _taken(name, requirements, host) if requirements else None
     judge = judge_in(jobs or 1, make_host)
     proofs, told = prove_all(host, quick=quick, judge=judge) if prove else ([], [])
     if as_json:
@@ -94,24 +93,21 @@ def _proved(proofs: list[Any]) -> str:
     return "\n\n".join(f"{proof_table(proof)}\n{verdict(proof)}" for proof in proofs)
 
 
-def _requirements(kwargs: dict[str, Any]) -> Any:
+def _judged(kwargs: dict[str, Any], host: Any) -> tuple[Any, str]:
+    """What is asked of a backend, and the one that the engine would take."""
+    from ..core.backend_choice import choose_backend, first_dtype, requirements
     from ..core.config import EngineConfig
     from ..core.devices import resolve_device
-    from ..core.startup import requirements
+    from ..errors import ConfigError
     from ..models.registry import load_model_config
 
     config = EngineConfig(**kwargs)
     _, model = load_model_config(config.model, random=config.load_format == "random")
-    dtype = str(model.dtype).removeprefix("torch.") if config.dtype == "auto" else config.dtype
-    return requirements(config, model, dtype, resolve_device(config.device))
-
-
-def _taken(name: str, requirements: Any, host: Any) -> str:
-    from ..backends.matrix import load_factory, select_backend
-    from ..errors import ConfigError
-
+    device, dtype = resolve_device(config.device), first_dtype(config, model)
     try:
-        selection = select_backend(name, requirements, host, probe=load_factory)
-        return f"taken: {selection.spec.name}"
+        selection, taken_dtype = choose_backend(config, model, host, device)
     except ConfigError as error:
-        return f"none is taken: {error}"
+        return requirements(config, model, dtype, device), f"none is taken: {error}"
+    asked = requirements(config, model, taken_dtype, device)
+    instead = f", in {asked.dtype}: {dtype} is not offered".replace("torch.", "")
+    return asked, f"taken: {selection.spec.name}" + (instead if taken_dtype != dtype else "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ..backends.base import AttentionBackend, Batch
 from ..backends.recording import Recorded, memory_pool, record, warm_up
+from .blaming import blaming
 
 Compute = Callable[[Batch, Any], Tensor]
 """(batch, the backend's plan of it) -> hidden states ``[T, hidden_size]``."""
@@ -43,7 +45,7 @@ class DecodeGraphs:
 
     :param compute: the step to capture; it must not wait for the device
     :param sizes: numbers of sequences, ascending
-    :raises BackendError: the backend cannot be captured.
+    :raises BackendError: the backend cannot be captured, or a call of it raised an error.
 
     ``seconds`` and ``memory`` (bytes of a GPU) are what capturing took.
     """
@@ -109,13 +111,15 @@ class DecodeGraphs:
 
         Until the first replay every input is padding.
         """
-        self._backend.capture(self.sizes[-1])
+        with self._blaming("capture"):
+            self._backend.capture(self.sizes[-1])
         pool = memory_pool(self._device)
         return {size: self._capture_one(size, compute, pool) for size in reversed(self.sizes)}
 
     def _capture_one(self, size: int, compute: Compute, pool: Any) -> _Graph:
         batch = self._first(size)
-        plan = self._backend.plan(batch)
+        with self._blaming("plan"):
+            plan = self._backend.plan(batch)
 
         def work() -> None:
             self._hidden[:size].copy_(compute(batch, plan))
@@ -123,6 +127,9 @@ class DecodeGraphs:
         for _ in range(2):  # compiles kernels and chooses the linears' candidates
             warm_up(work, self._device)
         return _Graph(batch, plan, record(work, self._device, pool))
+
+    def _blaming(self, call: str) -> AbstractContextManager[None]:
+        return blaming(type(self._backend).__name__, call)
 
     def _first(self, size: int) -> Batch:
         """The static tensors' first ``size`` sequences."""

@@ -124,10 +124,11 @@ def check_attention_backend(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        other = f": {spec.install}" if spec.install else f" of {selection.distribution}."
         raise ConfigError(
             f"attention backend {spec.name!r} ({backend.library() or selection.version}) cannot "
             f"compute its self-check: {type(error).__name__}: {error}. Pass another "
-            f"attention_backend, or install another version: {spec.install}"
+            f"attention_backend, or install another version{other}"
         ) from error
     if result.mismatches:
         raise SelfCheckError(

@@ -28,6 +28,7 @@ Model = Callable[[Tensor, Tensor, Tensor, Callable[..., Tensor]], Tensor]
 """``(token_ids, positions, slot_mapping, attend)`` -> hidden states ``[T, hidden_size]``, where
 ``attend(layer, *heads)`` gives a layer's ``[T, q_heads, head_dim]``."""
 
+_COPIED = ("token_ids", "positions", "slot_mapping")
 _SMALLEST = 16
 
 
@@ -64,8 +65,9 @@ class PiecewiseGraphs:
         self._device = config.device
         self.sizes = tuple(sizes)
         most = self.sizes[-1]
-        self._token_ids, self._positions, self._slot_mapping = self._inputs = torch.zeros(
-            3, most, dtype=torch.int64, device=config.device
+        # A tensor each: a kernel may be compiled differently for one that begins at an odd address.
+        self._token_ids, self._positions, self._slot_mapping = (
+            torch.zeros(most, dtype=torch.int64, device=config.device) for _ in range(3)
         )
         shape = (most, config.num_q_heads, config.head_dim)
         self._out = torch.zeros(shape, dtype=config.dtype, device=config.device)
@@ -84,10 +86,10 @@ class PiecewiseGraphs:
         """
         tokens = batch.num_tokens
         size = next(size for size in self.sizes if size >= tokens)
-        self._token_ids[:tokens].copy_(batch.token_ids)
-        self._positions[:tokens].copy_(batch.positions)
-        self._slot_mapping[:tokens].copy_(batch.slot_mapping)
-        self._inputs[:, tokens:size].zero_()
+        for name in _COPIED:
+            rows = getattr(self, f"_{name}")
+            rows[:tokens].copy_(getattr(batch, name))
+            rows[tokens:size].zero_()
         captured, out = self._captured[size], self._out[:tokens]
         captured.pieces[0].replay()
         for layer, heads in enumerate(captured.heads):
@@ -97,7 +99,10 @@ class PiecewiseGraphs:
 
     @torch.inference_mode()
     def _capture(self, model: Model) -> dict[int, _Captured]:
-        """Largest first, so that the smaller ones find room in its memory."""
+        """Largest first: what a smaller one needs only for a while finds room in its memory.
+
+        The heads and hidden states of every size stay, so they take memory a size.
+        """
         pool = memory_pool(self._device)
         return {size: self._capture_one(size, model, pool) for size in reversed(self.sizes)}
 

@@ -7,7 +7,6 @@ that the host does not know yet is taken from where the last step leaves it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..backends.base import AttentionBackend, Batch, LayerCache
-from ..errors import BackendError, EngineError
+from ..errors import EngineError
 from ..kernels.kernel_set import KernelSet
 from ..kernels.transfer import to_device
 from ..models.decoder import Attend, Decoder, WrittenAttention
 from ..sampling.sampled import Sampled
 from ..sampling.sampler import SamplingRow, sample, score_prompt
+from .blaming import blaming
 from .devices import current_device, stream_of
 from .graphs import DecodeGraphs
 from .launched import Launched, Scored, SeqResult
@@ -32,6 +32,11 @@ from .scheduler import ScheduledSeq, Step
 
 LOGITS_ROWS = 256
 """Rows of logits held at once: what prompt scoring needs beyond is computed piece by piece."""
+
+_STEP_FAILED = (
+    "The step was not computed; the engine can be used again. If it comes back, report it to the "
+    "backend's author or pass another attention_backend."
+)
 
 RowOwners = list[tuple[Request, int]]
 """For every packed row: its request and its absolute position."""
@@ -75,6 +80,9 @@ class Runner:
         self.graphs: DecodeGraphs | None = None
         self.pieces: PiecewiseGraphs | None = None
         self._last: Launched | None = None
+        self._blaming = partial(
+            blaming, f"attention backend {backend_name!r}", what_now=_STEP_FAILED
+        )
         # Steps follow one another on one stream, whichever is the caller's current one.
         self._on_stream = stream_of(self.device)
 
@@ -265,21 +273,6 @@ class Runner:
             pending=seq.pending,
             counts=request.token_counts,
         )
-
-    @contextmanager
-    def _blaming(self, call: str) -> Iterator[None]:
-        """Name the backend in whatever error its ``call`` raises."""
-        try:
-            yield
-        except torch.OutOfMemoryError:
-            raise  # not the backend's fault
-        except Exception as error:
-            raise BackendError(
-                f"attention backend {self.backend_name!r} raised {type(error).__name__} in "
-                f"{call}(): {error}. The step was not computed; the engine can be used again. If "
-                "it comes back, report it to the backend's author or pass another "
-                "attention_backend."
-            ) from error
 
     def _observe(self, owners: RowOwners) -> None:
         observer = self.observer

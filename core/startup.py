@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import AttentionBackend, AttentionConfig
-from ..backends.capabilities import Requirements
-from ..backends.matrix import Selection, load_factory, select_backend
+from ..backends.matrix import Selection, load_factory
 from ..cache.kv import allocate_layers, bytes_per_page
 from ..cache.pages import PagePool
 from ..cache.radix import RadixCache
@@ -20,8 +19,9 @@ from ..models.loader import load_weights
 from ..models.registry import load_model_config, load_tokenizer
 from ..models.weights import random_weights, random_weights_digest, weights_digest
 from ..plugins.manager import PluginHost
+from .backend_choice import choose_backend
 from .config import EngineConfig
-from .devices import compute_capability, current_device, resolve_device
+from .devices import current_device, resolve_device
 from .engine import Engine
 from .graphs import DecodeGraphs, graph_sizes
 from .kernel_choice import KernelChoice, check_attention_backend, choose_kernels
@@ -45,8 +45,6 @@ from .report import (
 from .runner import LOGITS_ROWS, Runner
 from .scheduler import Scheduler, SchedulerConfig
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def start_engine(config: EngineConfig, host: PluginHost) -> tuple[Engine, StartupReport]:
     """Build an engine that holds what ``config`` asks for.
@@ -65,7 +63,7 @@ def _start(
 ) -> tuple[Engine, StartupReport]:
     phases = Phases(device)
     folder, model = load_model_config(config.model, random=config.load_format == "random")
-    selection, dtype = _select(config, model, host, device)
+    selection, dtype = choose_backend(config, model, host, device)
     max_model_len = _max_model_len(config, model)
     tokenizer = load_tokenizer(folder) if folder else None
     with phases.timed(WEIGHTS):
@@ -152,54 +150,6 @@ def _measured(
     return measure(choice.decoder, choice.kernels, tokens, seqs, device)
 
 
-def requirements(
-    config: EngineConfig, model: ModelConfig, dtype: str, device: torch.device
-) -> Requirements:
-    """What this configuration asks of an attention backend."""
-    toggles: dict[str, bool | None] = {
-        name: None if value == "auto" else bool(value)
-        for name, value in (
-            ("cuda_graph", config.cuda_graph),
-            ("chunked_prefill", config.chunked_prefill),
-            ("radix_cache", config.radix_cache),
-        )
-    }
-    return Requirements(
-        dtype=dtype,
-        head_dim=model.head_dim,
-        page_size=config.page_size,
-        device=device.type,
-        compute_capability=compute_capability(device),
-        deterministic=config.deterministic,
-        features=toggles
-        | {
-            "non_greedy_sampling": True,
-            "sliding_window": model.sliding_window is not None,
-            "logit_soft_cap": model.logit_soft_cap is not None,
-        },
-    )
-
-
-def _select(
-    config: EngineConfig, model: ModelConfig, host: PluginHost, device: torch.device
-) -> tuple[Selection, torch.dtype]:
-    """The backend, and the dtype: with ``auto``, float32 where the checkpoint's is not offered."""
-
-    def select(dtype: str) -> Selection:
-        asked = requirements(config, model, dtype, device)
-        return select_backend(config.attention_backend, asked, host, probe=load_factory)
-
-    if config.dtype != "auto":
-        return select(config.dtype), _DTYPES[config.dtype]
-    own = str(model.dtype).removeprefix("torch.")
-    try:
-        return select(own), model.dtype
-    except ConfigError:
-        if own == "float32":
-            raise
-    return select("float32"), torch.float32
-
-
 def _max_model_len(config: EngineConfig, model: ModelConfig) -> int:
     limit = model.max_position_embeddings
     if config.max_model_len is None:
@@ -250,19 +200,33 @@ def _backend(
 
 
 def _capture(config: EngineConfig, runner: Runner, max_tokens: int) -> None:
-    """Decode steps, and the pieces of steps with a prefill of up to ``max_tokens`` tokens."""
+    """Decode steps, and the pieces of steps with a prefill of up to ``max_tokens`` tokens.
+
+    No attention is in the pieces: what cannot be captured there is the model.
+    """
     sizes = graph_sizes(min(config.max_num_seqs, config.cuda_graph_max_bs))
     hidden_size = runner.decoder.config.hidden_size
     try:
         runner.graphs = DecodeGraphs(runner.backend, runner.compute, sizes, hidden_size)
-        if max_tokens:
-            sizes = piece_sizes(max_tokens)
-            runner.pieces = PiecewiseGraphs(runner.backend.config, runner.model, sizes)
     except BackendError as error:
         raise ConfigError(
-            f"CUDA graphs of attention backend {runner.backend_name!r} cannot be made: {error} "
-            "Pass cuda_graph=False, or another attention_backend."
+            f"CUDA graphs of attention backend {runner.backend_name!r} cannot be made: "
+            f"{_sentence(error)} Pass cuda_graph=False, or another attention_backend."
         ) from error
+    if not max_tokens:
+        return
+    try:
+        sizes = piece_sizes(max_tokens)
+        runner.pieces = PiecewiseGraphs(runner.backend.config, runner.model, sizes)
+    except BackendError as error:
+        raise ConfigError(
+            f"model {config.model!r} cannot be captured in pieces between its attention calls: "
+            f"{_sentence(error)} Pass cuda_graph_max_tokens=0, or cuda_graph=False."
+        ) from error
+
+
+def _sentence(error: Exception) -> str:
+    return f"{str(error).rstrip('.')}."
 
 
 def _scheduler(

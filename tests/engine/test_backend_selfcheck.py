@@ -153,10 +153,12 @@ class Unloadable(Found):
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LLM]:
     """An engine on a backend that must check itself."""
 
-    def make(factory: type[AttentionBackend], **options: Any) -> LLM:
+    def make(
+        factory: type[AttentionBackend], install: str = "pip install flash", **options: Any
+    ) -> LLM:
         spec = replace(
             RIGHT, name="found", self_check=True, factory=f"found:{factory.__name__}",
-            install="pip install flash",
+            install=install,
         )  # fmt: skip
         monkeypatch.setitem(__import__("sys").modules, "found", SimpleNamespace(**globals()))
         hooks = SimpleNamespace(isobit_attention_backends=hookimpl(lambda: [spec]))
@@ -191,6 +193,8 @@ def test_kernels_that_cannot_run_are_a_line(start: Any) -> None:
     message = "cannot compute its self-check: RuntimeError: no kernel image.*pip install flash"
     with pytest.raises(ConfigError, match=message):
         start(Crashing)
+    with pytest.raises(ConfigError, match=r"or install another version of found-dist\.$"):
+        start(Crashing, install="")
 
 
 def test_a_library_that_cannot_be_loaded_is_a_line(start: Any) -> None:

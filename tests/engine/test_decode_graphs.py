@@ -147,6 +147,9 @@ def test_k_and_v_that_nobody_writes_are_caught(
 ) -> None:
     """The negative control: what a backend reads is what the engine wrote."""
     engine = start(small_folder, "mutant-none-written")
+    for layer in engine.runner.layers:
+        layer.k.zero_()
+        layer.v.zero_()
     kernels = engine.runner.decoder.kernels
     engine.runner.decoder.kernels = replace(
         kernels, rope_qkv_write=lambda *given: kernels.rope_qkv(*given[:6])[0]

@@ -223,7 +223,7 @@ def test_every_phase_of_a_start_is_watched(
 
     monkeypatch.setattr(startup, function, fail)
     if function == "DecodeGraphs":
-        monkeypatch.setattr(startup, "_select", with_graphs(startup._select))
+        monkeypatch.setattr(startup, "choose_backend", with_graphs(startup.choose_backend))
     with pytest.raises(ConfigError, match=f"phase '{phase}'"):
         LLM("tiny-qwen3", load_format="random", device="cpu")
 

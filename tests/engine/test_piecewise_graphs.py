@@ -250,7 +250,7 @@ def test_only_small_models_are_captured_unless_asked_for() -> None:
 def test_start_up_captures_and_reports(
     monkeypatch: pytest.MonkeyPatch, small_folder: Path, most: int, sizes: tuple[int, ...] | None
 ) -> None:
-    monkeypatch.setattr(startup, "_select", selecting_graphs(startup._select))
+    monkeypatch.setattr(startup, "choose_backend", selecting_graphs(startup.choose_backend))
     config = EngineConfig(
         model=str(small_folder),
         attention_backend="mutant-none",
@@ -263,6 +263,9 @@ def test_start_up_captures_and_reports(
     engine, report = start_engine(config, PluginHost(candidates=candidates()))
     pieces = engine.runner.pieces
     assert (pieces and pieces.sizes) == sizes
+    if pieces is not None:  # 20 rows of 8 bytes: a second row of one tensor would begin at 160
+        inputs = (pieces._token_ids, pieces._positions, pieces._slot_mapping)
+        assert [rows.storage_offset() for rows in inputs] == [0, 0, 0]
     row = next((row for row in report.rows if row[0] == "  in pieces"), None)
     if sizes:
         assert row is not None

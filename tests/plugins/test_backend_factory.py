@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from isobit.backends.base import AttentionBackend
-from isobit.backends.capabilities import Capabilities
+from isobit.backends.capabilities import Capabilities, Conditional, Supported, Unsupported
 from isobit.backends.matrix import load_factory
 from isobit.errors import ConfigError
 
@@ -20,6 +20,14 @@ class Complete(AttentionBackend):
 
     def run(self, q, k, v, layer, plan, out):
         out.copy_(q)
+
+
+class Captured(Complete):
+    def capture(self, max_num_seqs):
+        pass
+
+    def replay(self, plan, batch):
+        pass
 
 
 class Written(Complete):
@@ -36,6 +44,7 @@ class Reshaped(Written):
 def module(monkeypatch: pytest.MonkeyPatch) -> str:
     made = ModuleType("toy_factories")
     made.Complete, made.Written, made.Reshaped = Complete, Written, Reshaped
+    made.Captured = Captured
     made.Incomplete = type("Incomplete", (AttentionBackend,), {"plan": Complete.plan})
     made.Stranger = dict
     made.function = Complete.plan
@@ -44,7 +53,26 @@ def module(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_factory_is_loaded(make_spec, module):
-    assert load_factory(make_spec(factory=f"{module}:Complete")) is Complete
+    assert load_factory(make_spec(factory=f"{module}:Captured")) is Captured
+
+
+@pytest.mark.parametrize(
+    ("cell", "missing"),
+    [
+        (Supported(), "does not implement capture, replay. Mend"),
+        (Conditional("short ones"), "does not implement capture, replay. Mend"),
+        (Unsupported("no"), None),
+        (None, None),
+    ],
+)
+def test_a_graph_that_is_declared_can_be_captured(make_spec, module, cell, missing):
+    features = {"cuda_graph": cell} if cell else {}
+    spec = make_spec(factory=f"{module}:Complete", features=features)
+    if missing is None:
+        assert load_factory(spec) is Complete
+        return
+    with pytest.raises(ConfigError, match=missing):
+        load_factory(spec)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +89,14 @@ def test_a_factory_is_loaded(make_spec, module):
 )
 def test_a_factory_that_cannot_be_used_says_so(make_spec, module, factory, said):
     with pytest.raises(ConfigError, match=said):
-        load_factory(make_spec(factory=factory, install="pip install toy"))
+        load_factory(make_spec(factory=factory, install="pip install toy", features={}))
 
 
 def test_what_must_be_there_follows_from_who_writes_the_cache(make_spec, module):
     written = Capabilities(dtypes={"float32"}, devices={"cpu"}, engine_writes_kv=True)
 
     def load(name, **declared):
-        return load_factory(replace(make_spec(factory=f"{module}:{name}"), **declared))
+        return load_factory(replace(make_spec(factory=f"{module}:{name}", features={}), **declared))
 
     assert load("Written", capabilities=written) is Written
     assert load("Reshaped") is Reshaped

@@ -38,6 +38,8 @@ from isobit.plugins.conformance.waivers import parse_waivers
 from isobit.plugins.manager import PluginHost
 
 CPU = torch.device("cpu")
+COUNTS = torch.tensor([1, 1, 2])
+BYTES = torch.ones(3, dtype=torch.uint8)
 
 
 def test_steps_have_decodes_first_and_come_late_where_asked() -> None:
@@ -105,14 +107,50 @@ def test_a_tape_replays_on_the_same_tensors_and_freezes_the_host() -> None:
     ("work", "said"),
     [
         (lambda x: x.sum().item(), "waits for the device"),
+        (lambda x: torch.allclose(x, x), "waits for the device"),
+        (lambda x: x.narrow(0, COUNTS[0], 1), "waits for the device"),
         (lambda x: x[x > 0], "sizes a tensor by values"),
+        (lambda x: x[BYTES], "sizes a tensor by values"),
+        (lambda x: x.index_put_((x > 0,), torch.zeros(3)), "sizes a tensor by values"),
+        (lambda x: x.index_put((BYTES,), torch.zeros(3)), "sizes a tensor by values"),
+        (lambda x: x.diag().__setitem__((x > 0, COUNTS), 0.0), "sizes a tensor by values"),
         (lambda x: x.nonzero(), "sizes a tensor by values"),
+        (lambda x: torch.nonzero(x, out=torch.empty(3, 1, dtype=torch.int64)), "sizes a tensor"),
+        (lambda x: torch.where(x > 0), "sizes a tensor by values"),
+        (lambda x: x.masked_select(x > 0), "sizes a tensor by values"),
+        (lambda x: x.repeat_interleave(COUNTS), "sizes a tensor by values"),
+        (lambda x: torch.repeat_interleave(COUNTS), "sizes a tensor by values"),
+        (lambda x: x.unique(), "sizes a tensor by values"),
+        (lambda x: x.unique_consecutive(), "sizes a tensor by values"),
+        (lambda x: COUNTS.bincount(), "sizes a tensor by values"),
+        (lambda x: x.tensor_split(COUNTS), "sizes a tensor by values"),
     ],
 )
 def test_a_tape_refuses_what_no_graph_can_do(work, said) -> None:
     x = torch.ones(3)
-    with pytest.raises(BackendError, match=said):
+    with torch.inference_mode(), pytest.raises(BackendError, match=said):
         record(lambda: work(x), CPU)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        lambda x: (x > 0)[COUNTS],
+        lambda x: BYTES[COUNTS],
+        lambda x: x.__setitem__(x > 0, 0.0),
+        lambda x: x[None].__setitem__((slice(None), x > 0), 0.0),
+        lambda x: x.index_put_((COUNTS,), torch.zeros(3)),
+        lambda x: (x > 0).index_put_((COUNTS,), x > 0),
+        lambda x: torch.where(x > 0, x, 0.0),
+        lambda x: x.repeat_interleave(COUNTS, output_size=4),
+        lambda x: x.repeat_interleave(2),
+        lambda x: x.tensor_split([1, 2]),
+        lambda x: x.narrow(0, 0, 1),
+    ],
+)
+def test_a_tape_takes_what_a_graph_can_do(work) -> None:
+    with torch.inference_mode():
+        record(lambda: work(torch.ones(3)), CPU).replay()
 
 
 @pytest.mark.parametrize(
