@@ -44,7 +44,7 @@ class Proof:
     device:   its name, as people call it
     versions: of what the bits depend on, by distribution
     date:     ISO 8601
-    command:  what to type to see it again
+    command:  what to type to see it again, with every option that changes a verdict
     cells:    by name, in the order of the matrix
     checks:   one row a check: its name, promise, status, trials, seconds, reason, snippet
     """

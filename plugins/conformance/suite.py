@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .check import Check, Context, Finding
+from .check import Check, Context, Finding, mark_lost
 from .corners import Corners
-from .judge import Judge
+from .judge import Judge, synchronize
 from .registry import CHECKS
 from .subject import Subject
 from .waivers import check_waivers, known_check
@@ -49,11 +49,22 @@ JudgeChecks = Callable[[Sequence[Check], Context], Iterator[Judged]]
 
 
 def judge_here(checks: Sequence[Check], context: Context) -> Iterator[Judged]:
-    """Run the checks one after the other in this process."""
+    """Run the checks one after the other in this process.
+
+    Those after one that left the device unusable fail without being run.
+    """
     for check in checks:
         began = time.perf_counter()
-        findings = tuple(check.run(context))
+        if context.judge.lost_to:
+            findings = (_not_judged(check, context.judge.lost_to),)
+        else:
+            findings = mark_lost(context.judge, check.name, tuple(check.run(context)))
         yield findings, time.perf_counter() - began
+
+
+def _not_judged(check: Check, lost_to: str) -> Finding:
+    failure = f"not judged: the device was left unusable by {lost_to}"
+    return Finding("every trial", check.cells, failure)
 
 
 def run_check(check: Check, context: Context, waivers: Mapping[str, str]) -> Outcome:
@@ -114,9 +125,12 @@ def run_suite(
         yield outcome or _outcome(check, *next(judged))
 
 
-def make_context(subject: Subject, device: str, *, quick: bool) -> Context:
+def make_context(
+    subject: Subject, device: str, *, quick: bool, probe: Callable[[], None] = synchronize
+) -> Context:
     """What the checks of one backend share.
 
     :param quick: shorter sequences and fewer values.
+    :param probe: raises where the process cannot use the device any more; can be pickled.
     """
-    return Context(subject, Corners(subject.spec, device, quick), Judge(subject.factory))
+    return Context(subject, Corners(subject.spec, device, quick), Judge(subject.factory, probe))
