@@ -83,20 +83,24 @@ def prove_all(
     from ..plugins.conformance.subject import find_subject, why_not_here
 
     proofs, told = [], []
-    for backend in [*host.backends().values(), *([pair] if pair else [])]:
-        name = backend.spec.name
-        for device in sorted(backend.spec.capabilities.devices):
-            reason = why_not_here(device, backend.spec)
-            if reason is not None:
-                told.append(f"{name} is not judged on {device}: {reason}.")
-                continue
-            try:
-                subject = find_subject(name, host)
-            except ConfigError as error:
-                told.append(f"{name} is not judged on {device}: {error}")
-                continue
-            click.echo(f"{name} on {device}", err=True)
-            proof, failed = prove(subject, device, quick=quick, judge=judge, err=True)
-            proofs.append(proof)
-            told += [failed] if failed else []
+    specs = [b.spec for b in (*host.backends().values(), *([pair] if pair else []))]
+    # All are asked for at first: a device that a backend broke tells nothing.
+    wanted = [
+        (spec.name, device, why_not_here(device, spec))
+        for spec in specs
+        for device in sorted(spec.capabilities.devices)
+    ]
+    for name, device, reason in wanted:
+        if reason is not None:
+            told.append(f"{name} is not judged on {device}: {reason}.")
+            continue
+        try:
+            subject = find_subject(name, host)
+        except ConfigError as error:
+            told.append(f"{name} is not judged on {device}: {error}")
+            continue
+        click.echo(f"{name} on {device}", err=True)
+        proof, failed = prove(subject, device, quick=quick, judge=judge, err=True)
+        proofs.append(proof)
+        told += [failed] if failed else []
     return proofs, told

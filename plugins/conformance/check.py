@@ -31,11 +31,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a check is run on."""
+    """What a check is run on.
+
+    device_name: as people call it; asked for before any trial, as a lost device tells nothing
+    """
 
     subject: Subject
     corners: Corners
     judge: Judge
+    device_name: str
 
 
 Gate = Callable[[Corners], str | None]

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from .check import Check, Context, Finding, mark_lost
 from .corners import Corners
-from .judge import Judge, synchronize
+from .judge import Judge
 from .registry import CHECKS
-from .subject import Subject
+from .subject import Subject, device_name
 from .waivers import check_waivers, known_check
 
 Status = Literal["passed", "failed", "waived", "not declared", "not here"]
@@ -53,13 +55,16 @@ def judge_here(checks: Sequence[Check], context: Context) -> Iterator[Judged]:
 
     Those after one that left the device unusable fail without being run.
     """
+    judge = context.judge
+    if not judge.lost_to and not judge.device_usable():
+        judge.lost_to = "what this process ran before"
     for check in checks:
         began = time.perf_counter()
-        if context.judge.lost_to:
-            findings = (_not_judged(check, context.judge.lost_to),)
+        if judge.lost_to:
+            yield (_not_judged(check, judge.lost_to),), 0.0
         else:
-            findings = mark_lost(context.judge, check.name, tuple(check.run(context)))
-        yield findings, time.perf_counter() - began
+            findings = mark_lost(judge, check.name, tuple(check.run(context)))
+            yield findings, time.perf_counter() - began
 
 
 def _not_judged(check: Check, lost_to: str) -> Finding:
@@ -126,11 +131,15 @@ def run_suite(
 
 
 def make_context(
-    subject: Subject, device: str, *, quick: bool, probe: Callable[[], None] = synchronize
+    subject: Subject, device: str, *, quick: bool, probe: Callable[[], None] | None = None
 ) -> Context:
     """What the checks of one backend share.
 
     :param quick: shorter sequences and fewer values.
-    :param probe: raises where the process cannot use the device any more; can be pickled.
+    :param probe: raises where this process cannot use the device any more; can be pickled. By
+        default it waits for a GPU.
     """
-    return Context(subject, Corners(subject.spec, device, quick), Judge(subject.factory, probe))
+    if probe is None and device == "cuda":
+        probe = torch.cuda.synchronize
+    corners, judge = Corners(subject.spec, device, quick), Judge(subject.factory, probe)
+    return Context(subject, corners, judge, device_name(device))

@@ -90,7 +90,7 @@ class _Setting:
     device: str
     quick: bool
     threads: int
-    probe: Callable[[], None]
+    probe: Callable[[], None] | None
 
 
 @dataclass(slots=True, eq=False)

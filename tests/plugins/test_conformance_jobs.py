@@ -14,7 +14,6 @@ from click.testing import CliRunner
 
 from isobit.cli.main import main
 from isobit.errors import ConfigError
-from isobit.plugins.conformance.judge import synchronize
 from isobit.plugins.conformance.proof import Proof, make_proof
 from isobit.plugins.conformance.subject import find_subject
 from isobit.plugins.conformance.suite import (
@@ -115,7 +114,7 @@ def judged(
     make_host: Callable[[], PluginHost],
     judge: JudgeChecks,
     only: Sequence[str],
-    probe: Callable[[], None] = synchronize,
+    probe: Callable[[], None] | None = None,
 ) -> tuple[list[Outcome], Proof]:
     """The outcomes and their proof, without the seconds."""
     context = make_context(find_subject(name, make_host()), "cpu", quick=True, probe=probe)
@@ -165,6 +164,12 @@ def test_a_fault_of_the_device_fails_what_follows_it_unjudged(hosts: ModuleType)
         lost = f"not judged: the device was left unusable by groups: {FAULT}"
         assert (after.reason, after.snippet) == (f"every trial: {lost}", "")
     assert proof.cells["deterministic"].verdict == "failed"
+
+
+def test_what_was_lost_before_the_suite_is_not_blamed_on_it(hosts: ModuleType) -> None:
+    hosts.FAULTS.append("of another backend")
+    (layers,), _ = judged("mutant-none", hosts.mutants, judge_here, ["layers"], hosts.probe)
+    assert layers.reason.endswith("the device was left unusable by what this process ran before")
 
 
 def test_without_the_probe_the_fault_is_told_of_innocent_trials(hosts: ModuleType) -> None:
