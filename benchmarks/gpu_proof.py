@@ -37,8 +37,8 @@ from whole_processes import run_whole
 from isobit.backends.capabilities import Capabilities, Unsupported
 from isobit.cli.columns import columns
 from isobit.errors import ConfigError
-from isobit.plugins.conformance.proof import device_name, versions_of
-from isobit.plugins.conformance.subject import find_subject
+from isobit.plugins.conformance.proof import versions_of
+from isobit.plugins.conformance.subject import device_name, find_subject
 from isobit.plugins.manager import PluginHost
 from isobit.verify.judge import INVARIANCES
 

@@ -45,9 +45,9 @@ def command(
     """Print what every installed attention backend declares.
 
     With --explain, what holds for the given model and options: every refusal of every backend, and
-    which one would be taken. With --prove, every backend that can run on this machine goes through
-    the conformance suite, and what it declares stands beside what was proved; exit status 1 where
-    anything fails.
+    which one would be taken. With --prove, every backend that can run on this machine, and the
+    pair if one is named, goes through the conformance suite, and what it declares stands beside
+    what was proved; exit status 1 where anything fails.
 
     Example: isobit backends --explain --model smollm2 --cuda-graph
     """
@@ -68,9 +68,10 @@ def command(
     host = make_host()
     requirements, taken = _judged(kwargs, host) if explain else (None, None)
     name = kwargs["attention_backend"]
-    rows = matrix_rows(host, requirements, pair=host.require(name) if parse_pair(name) else None)
+    pair = host.require(name) if parse_pair(name) else None
+    rows = matrix_rows(host, requirements, pair=pair)
     judge = judge_in(jobs or 1, make_host)
-    proofs, told = prove_all(host, quick=quick, judge=judge) if prove else ([], [])
+    proofs, told = prove_all(host, quick=quick, judge=judge, pair=pair) if prove else ([], [])
     if as_json:
         found = {"backends": rows, "problems": host.problems(), "taken": taken}
         click.echo(json.dumps(found | {"proofs": [proof.as_dict() for proof in proofs]}))

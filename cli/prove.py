@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from shlex import join
 from typing import TYPE_CHECKING
 
 import click
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from ..plugins.conformance.proof import Proof
     from ..plugins.conformance.subject import Subject
     from ..plugins.conformance.suite import JudgeChecks
-    from ..plugins.manager import PluginHost
+    from ..plugins.manager import PluginHost, RegisteredBackend
 
 
 def judge_in(jobs: int, make_host: Callable[[], PluginHost]) -> JudgeChecks:
@@ -48,35 +49,58 @@ def prove(
     for outcome in run_suite(context, waivers=waivers, only=only, judge=judge):
         outcomes.append(outcome)
         click.echo(outcome_line(outcome), err=err)
-    line = f"isobit plugins test {subject.spec.name} --device {device}"
-    proof = make_proof(context, outcomes, command=line + (" --quick" if quick else ""))
-    return proof, failures(outcomes)
+    command = _command(subject, device, quick, only, waivers or {})
+    return make_proof(context, outcomes, command=command), failures(outcomes)
+
+
+def _command(
+    subject: Subject, device: str, quick: bool, only: Sequence[str], waivers: Mapping[str, str]
+) -> str:
+    """What to type to see the proof again: all options but those that change no result."""
+    disabled = [r.name for r in subject.host.records() if r.status == "disabled"]
+    words = ["isobit", "plugins"]
+    words += [word for name in disabled for word in ("--no-plugin", name)]
+    words += ["test", subject.spec.name, "--device", device]
+    words += ["--quick"] if quick else []
+    words += [word for name in only for word in ("--check", name)]
+    words += [word for name, why in waivers.items() for word in ("--waive", f"{name}={why}")]
+    return join(words)
 
 
 def prove_all(
-    host: PluginHost, *, quick: bool, judge: JudgeChecks
+    host: PluginHost,
+    *,
+    quick: bool,
+    judge: JudgeChecks,
+    pair: RegisteredBackend | None = None,
 ) -> tuple[list[Proof], list[str]]:
     """The proofs of every backend on every device of this machine that it declares.
 
+    :param pair: a pair of backends to prove besides.
     :returns: the proofs, and what could not be judged or failed, in words.
     """
     from ..errors import ConfigError
     from ..plugins.conformance.subject import find_subject, why_not_here
 
     proofs, told = [], []
-    for name, backend in host.backends().items():
-        for device in sorted(backend.spec.capabilities.devices):
-            reason = why_not_here(device, backend.spec)
-            if reason is not None:
-                told.append(f"{name} is not judged on {device}: {reason}.")
-                continue
-            try:
-                subject = find_subject(name, host)
-            except ConfigError as error:
-                told.append(f"{name} is not judged on {device}: {error}")
-                continue
-            click.echo(f"{name} on {device}", err=True)
-            proof, failed = prove(subject, device, quick=quick, judge=judge, err=True)
-            proofs.append(proof)
-            told += [failed] if failed else []
+    specs = [b.spec for b in (*host.backends().values(), *([pair] if pair else []))]
+    # All are asked for at first: a device that a backend broke tells nothing.
+    wanted = [
+        (spec.name, device, why_not_here(device, spec))
+        for spec in specs
+        for device in sorted(spec.capabilities.devices)
+    ]
+    for name, device, reason in wanted:
+        if reason is not None:
+            told.append(f"{name} is not judged on {device}: {reason}.")
+            continue
+        try:
+            subject = find_subject(name, host)
+        except ConfigError as error:
+            told.append(f"{name} is not judged on {device}: {error}")
+            continue
+        click.echo(f"{name} on {device}", err=True)
+        proof, failed = prove(subject, device, quick=quick, judge=judge, err=True)
+        proofs.append(proof)
+        told += [failed] if failed else []
     return proofs, told

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from .corners import Corners
 from .judge import Judge, shrink
@@ -31,11 +31,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a check is run on."""
+    """What a check is run on.
+
+    device_name: as people call it; asked for before any trial, as a lost device tells nothing
+    """
 
     subject: Subject
     corners: Corners
     judge: Judge
+    device_name: str
 
 
 Gate = Callable[[Corners], str | None]
@@ -63,12 +67,30 @@ class Check:
 
 
 def judge_trial(context: Context, trial: Trial) -> Finding:
-    """What came of one trial, made as small as can be where it failed."""
+    """What came of one trial, made as small as can be where it failed.
+
+    One that left the device unusable is told as it is: nothing smaller could be judged.
+    """
     difference = context.judge.judge(trial)
     if difference is None:
         return Finding(trial.label, trial.cells)
-    smallest, difference = shrink(context.judge, trial, difference)
+    smallest = trial
+    if context.judge.device_usable():
+        smallest, difference = shrink(context.judge, trial, difference)
     return Finding(trial.label, trial.cells, difference.message, snippet(context.subject, smallest))
+
+
+def mark_lost(judge: Judge, check: str, findings: Sequence[Finding]) -> tuple[Finding, ...]:
+    """The findings of a check that ran; a failure that left the device unusable says so.
+
+    The judge then has in ``lost_to`` why nothing can be judged any more.
+    """
+    failed = next((finding for finding in findings if finding.failure), None)
+    if failed is None or judge.device_usable():
+        return tuple(findings)
+    judge.lost_to = f"{check}: {failed.label}"
+    told = replace(failed, failure=f"{failed.failure} (the device was left unusable)")
+    return tuple(told if finding is failed else finding for finding in findings)
 
 
 def trial_check(

@@ -29,11 +29,30 @@ class Difference:
 
 
 class Judge:
-    """Judges trials for one backend; remembers the last outputs, which the next trial may share."""
+    """Judges trials for one backend; remembers the last outputs, which the next trial may share.
 
-    def __init__(self, factory: Factory) -> None:
+    probe:   raises where this process cannot use the device any more; None if that cannot be
+    lost_to: the check and the trial that left the device unusable; empty while it is usable
+    """
+
+    def __init__(self, factory: Factory, probe: Callable[[], None] | None = None) -> None:
         self._factory = factory
         self._remembered: tuple[Any, Outputs] | None = None
+        self.probe = probe
+        self.lost_to = ""
+
+    def device_usable(self) -> bool:
+        """Whether what this process runs now says anything; to be asked after a failure.
+
+        CUDA gives a process no second context: after an illegal memory access all else fails too.
+        """
+        if self.probe is None:
+            return True
+        try:
+            self.probe()
+        except Exception:  # torch's error has another class in each version
+            return False
+        return True
 
     def judge(self, trial: Trial) -> Difference | None:
         """The first difference, or ``None`` where the trial holds."""
@@ -113,12 +132,17 @@ def _exact(value: Tensor) -> str:
 def shrink(
     judge: Judge, trial: Trial, difference: Difference, budget: int = 40
 ) -> tuple[Trial, Difference]:
-    """The smallest trial found that still fails: fewer sequences, then fewer positions."""
+    """The smallest trial found that still fails: fewer sequences, then fewer positions.
+
+    It ends where a smaller one leaves the device unusable, as none after it could be judged.
+    """
     for smaller in _smaller(trial, difference):
         budget -= 1
         if budget < 0:
             break
         still = judge.judge(smaller)
+        if still is not None and not judge.device_usable():
+            break
         if still is not None and (still.sequence >= 0) == (difference.sequence >= 0):
             return shrink(judge, smaller, still, budget)
     return trial, difference

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -44,7 +43,7 @@ class Proof:
     device:   its name, as people call it
     versions: of what the bits depend on, by distribution
     date:     ISO 8601
-    command:  what to type to see it again
+    command:  what to type to see it again, with every option that changes a verdict
     cells:    by name, in the order of the matrix
     checks:   one row a check: its name, promise, status, trials, seconds, reason, snippet
     """
@@ -78,7 +77,7 @@ def make_proof(context: Context, outcomes: Iterable[Outcome], *, command: str) -
         backend=subject.spec.name,
         distribution=subject.distribution,
         version=subject.version,
-        device=device_name(device),
+        device=context.device_name,
         device_type=device,
         versions=versions_of(subject, device),
         date=date.today().isoformat(),
@@ -109,23 +108,6 @@ def declarations(offers: Capabilities) -> Iterator[tuple[str, str, str]]:
             yield name, "no", cell.reason
         else:
             yield name, f"yes: {cell.constraint}" if isinstance(cell, Conditional) else "yes", ""
-
-
-def device_name(device: str) -> str:
-    """The device as people call it: the GPU's name, the processor's model."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return _processor() or platform.processor() or platform.machine()
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            found = [line.partition(":")[2] for line in lines if line.startswith("model name")]
-    except OSError:
-        return ""
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
-    return f"{found[0].strip()}, {threads} threads" if found else ""
 
 
 def versions_of(subject: Subject, device: str) -> dict[str, str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -72,6 +75,29 @@ def why_not_here(device: str, spec: BackendSpec) -> str | None:
     if not offers.serves_gpu(found):
         return f"it needs compute capability {offers.gpus}, and the device has {dotted(found)}"
     return None
+
+
+def device_name(device: str) -> str:
+    """The device as people call it: the GPU's name, the processor's model."""
+    if device == "cuda":
+        return _gpu()
+    return _processor() or platform.processor() or platform.machine()
+
+
+@cache
+def _gpu() -> str:
+    """Asked once, as a GPU that a fault made unusable tells nothing."""
+    return torch.cuda.get_device_name()
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            found = [line.partition(":")[2] for line in lines if line.startswith("model name")]
+    except OSError:
+        return ""
+    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+    return f"{found[0].strip()}, {threads} threads" if found else ""
 
 
 def _listed(names: object) -> str:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .check import Check, Context, Finding
+import torch
+
+from .check import Check, Context, Finding, mark_lost
 from .corners import Corners
 from .judge import Judge
 from .registry import CHECKS
-from .subject import Subject
+from .subject import Subject, device_name
 from .waivers import check_waivers, known_check
 
 Status = Literal["passed", "failed", "waived", "not declared", "not here"]
@@ -49,11 +51,25 @@ JudgeChecks = Callable[[Sequence[Check], Context], Iterator[Judged]]
 
 
 def judge_here(checks: Sequence[Check], context: Context) -> Iterator[Judged]:
-    """Run the checks one after the other in this process."""
+    """Run the checks one after the other in this process.
+
+    Those after one that left the device unusable fail without being run.
+    """
+    judge = context.judge
+    if not judge.lost_to and not judge.device_usable():
+        judge.lost_to = "what this process ran before"
     for check in checks:
         began = time.perf_counter()
-        findings = tuple(check.run(context))
-        yield findings, time.perf_counter() - began
+        if judge.lost_to:
+            yield (_not_judged(check, judge.lost_to),), 0.0
+        else:
+            findings = mark_lost(judge, check.name, tuple(check.run(context)))
+            yield findings, time.perf_counter() - began
+
+
+def _not_judged(check: Check, lost_to: str) -> Finding:
+    failure = f"not judged: the device was left unusable by {lost_to}"
+    return Finding("every trial", check.cells, failure)
 
 
 def run_check(check: Check, context: Context, waivers: Mapping[str, str]) -> Outcome:
@@ -114,9 +130,16 @@ def run_suite(
         yield outcome or _outcome(check, *next(judged))
 
 
-def make_context(subject: Subject, device: str, *, quick: bool) -> Context:
+def make_context(
+    subject: Subject, device: str, *, quick: bool, probe: Callable[[], None] | None = None
+) -> Context:
     """What the checks of one backend share.
 
     :param quick: shorter sequences and fewer values.
+    :param probe: raises where this process cannot use the device any more; can be pickled. By
+        default it waits for a GPU.
     """
-    return Context(subject, Corners(subject.spec, device, quick), Judge(subject.factory))
+    if probe is None and device == "cuda":
+        probe = torch.cuda.synchronize
+    corners, judge = Corners(subject.spec, device, quick), Judge(subject.factory, probe)
+    return Context(subject, corners, judge, device_name(device))

@@ -20,7 +20,7 @@ import torch
 
 from ...errors import ConfigError
 from ..manager import PluginHost
-from .check import Check, Context, Finding, judge_trial
+from .check import Check, Context, Finding, judge_trial, mark_lost
 from .scenario import Geometry, Trial
 from .snippet import snippet
 from .subject import find_subject
@@ -31,6 +31,10 @@ Task = Trial | str
 """What one process does at a time: a trial, or by its name a check that is not made of trials."""
 
 _SECONDS_TO_END = 10.0
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+_Answer = tuple[Sequence[Finding], float, bool]
+"""What came of a task, the seconds it took, and whether the process can take another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class Processes:
     """Judges checks in ``count`` processes; gives what ``judge_here`` gives.
 
     A check's seconds are those of the process that spent most on it. Where a process dies, what it
-    was judging has failed, and another takes its place.
+    was judging has failed, and another takes its place. So does another where a failure left the
+    device unusable: that is so for the process that met it alone.
 
     make_host: makes the plugin host anew in each process; can be pickled
     :raises ConfigError: a process ended before it was ready.
@@ -55,6 +60,7 @@ class Processes:
             context.corners.device,
             context.corners.quick,
             torch.get_num_threads(),
+            context.judge.probe,
         )
         crew = _Crew(parts, context, setting)
         try:
@@ -84,6 +90,7 @@ class _Setting:
     device: str
     quick: bool
     threads: int
+    probe: Callable[[], None] | None
 
 
 @dataclass(slots=True, eq=False)
@@ -95,10 +102,12 @@ class _Part:
 
     check: Check
     tasks: list[Task]
-    found: dict[int, list[Finding]] = field(default_factory=dict)
+    found: dict[int, Sequence[Finding]] = field(default_factory=dict)
     seconds: dict[_Worker, float] = field(default_factory=dict)
 
-    def put(self, number: int, findings: list[Finding], worker: _Worker, seconds: float) -> None:
+    def put(
+        self, number: int, findings: Sequence[Finding], worker: _Worker, seconds: float
+    ) -> None:
         self.found[number] = findings
         self.seconds[worker] = self.seconds.get(worker, 0.0) + seconds
 
@@ -155,41 +164,56 @@ class _Crew:
         # What cannot be shared begins first, so that nobody waits for it in the end.
         ordered = sorted(parts, key=lambda part: part.check.trials is not None)
         self._left = deque(run for part in ordered for run in part.runs())
-        self._workers: dict[object, _Worker] = {}
+        self._workers: list[_Worker] = []
 
     def hire(self, count: int) -> None:
         """Start processes, no more than there are runs."""
         for _ in range(min(count, len(self._left))):
-            worker = _Worker(self._setting)
-            self._workers[worker.connection] = worker
+            self._workers.append(_Worker(self._setting))
 
     def dismiss(self) -> None:
         """End all processes, whatever they are at."""
-        for worker in self._workers.values():
+        for worker in self._workers:
             worker.process.kill()
-        for worker in self._workers.values():
+        for worker in self._workers:
             worker.process.join()
             worker.connection.close()
         self._workers.clear()
 
     def serve(self) -> None:
-        """Wait until something comes from a process; take it and give out the next tasks."""
-        for connection in wait([worker.connection for worker in self._workers.values()]):
-            worker = self._workers[connection]
-            try:
-                answer: tuple[list[Finding], float] | None = worker.connection.recv()
-            except (EOFError, OSError):
+        """Wait until something comes from a process; take it and give out the next tasks.
+
+        A process that ended is looked for too: what it forked may hold its pipe open, and its
+        sentinel, which is a pipe as well.
+        """
+        heard = wait([worker.connection for worker in self._workers], _SECONDS_BETWEEN_LOOKS)
+        for worker in list(self._workers):
+            ended = worker.process.exitcode is not None
+            if worker.connection in heard or (ended and worker.connection.poll()):
+                self._hear(worker)
+            elif ended:
                 self._bury(worker)
-                continue
-            if answer is not None and worker.task is not None:
-                part, number = worker.task
-                findings, seconds = answer
-                part.put(number, findings, worker, seconds)
-            worker.ready, worker.task = True, self._next(worker)
-            if worker.task is not None:
-                part, number = worker.task
-                with suppress(OSError):  # it died; the next wait shows it
-                    worker.connection.send(part.tasks[number])
+
+    def _hear(self, worker: _Worker) -> None:
+        """Take what a process sent, and give it its next task."""
+        try:
+            answer: _Answer | None = worker.connection.recv()
+        except (EOFError, OSError):
+            self._bury(worker)
+            return
+        usable = True
+        if answer is not None and worker.task is not None:
+            part, number = worker.task
+            findings, seconds, usable = answer
+            part.put(number, findings, worker, seconds)
+        if not usable:
+            self._replace(worker)
+            return
+        worker.ready, worker.task = True, self._next(worker)
+        if worker.task is not None:
+            part, number = worker.task
+            with suppress(OSError):  # it died; the next wait shows it
+                worker.connection.send(part.tasks[number])
 
     def _next(self, worker: _Worker) -> tuple[_Part, int] | None:
         """The next task of its run, or of the next run; none that comes after a failure."""
@@ -203,14 +227,8 @@ class _Crew:
         return None
 
     def _bury(self, worker: _Worker) -> None:
-        """Count what a dead process was judging as failed, and start another in its place.
-
-        The rest of its run is not to be judged any more, as it comes after that.
-        """
+        """Count what a dead process was judging as failed, and start another in its place."""
         how = worker.how_it_ended()
-        del self._workers[worker.connection]
-        worker.process.kill()
-        worker.connection.close()
         if not worker.ready:
             raise ConfigError(
                 f"a process of the conformance suite {how} before its first trial. "
@@ -220,6 +238,17 @@ class _Crew:
             part, number = worker.task
             finding = self._fatal(part, number, f"the process that judged it {how}")
             part.put(number, [finding], worker, 0.0)
+        self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> None:
+        """End a process and start another, if there is a run for it.
+
+        The rest of its own run is not to be judged any more, as it comes after a failure.
+        """
+        self._workers.remove(worker)
+        worker.process.kill()
+        worker.process.join()
+        worker.connection.close()
         self.hire(1)
 
     def _fatal(self, part: _Part, number: int, failure: str) -> Finding:
@@ -234,14 +263,16 @@ def _work(connection: Connection, setting: _Setting) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends all
     torch.set_num_threads(setting.threads)
     subject = find_subject(setting.backend, setting.make_host())
-    context = make_context(subject, setting.device, quick=setting.quick)
+    context = make_context(subject, setting.device, quick=setting.quick, probe=setting.probe)
     connection.send(None)
     with suppress(EOFError):  # the parent is gone
-        while True:
+        while not context.judge.lost_to:
             task: Task = connection.recv()
             began = time.perf_counter()
             if isinstance(task, Trial):
-                findings = [judge_trial(context, task)]
+                name, findings = task.label, [judge_trial(context, task)]
             else:
-                findings = list(known_check(task).run(context))
-            connection.send((findings, time.perf_counter() - began))
+                name, findings = task, list(known_check(task).run(context))
+            told = mark_lost(context.judge, name, findings)
+            usable = not context.judge.lost_to
+            connection.send((told, time.perf_counter() - began, usable))

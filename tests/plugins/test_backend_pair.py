@@ -24,7 +24,9 @@ from isobit.backends.matrix import BackendRefusedError, load_factory, select_bac
 from isobit.backends.pair import PairSpec, join, parse_pair
 from isobit.backends.rules import refusals
 from isobit.cli.main import main
+from isobit.cli.prove import prove_all
 from isobit.errors import ConfigError
+from isobit.plugins.conformance.check import Finding
 from isobit.plugins.conformance.mutants.catalogue import MUTANTS, RIGHT_WRITTEN
 from isobit.plugins.conformance.subject import Subject
 from isobit.plugins.conformance.suite import make_context, run_suite
@@ -293,6 +295,29 @@ def test_the_suite_judges_a_pair_and_repeats_what_it_found(make_host, tmp_path):
     )
     assert done.returncode == 1, done.stderr
     assert "one way and" in done.stderr
+
+
+def holds(checks, context):
+    """Stands for the suite: one trial of each check, which holds."""
+    for check in checks:
+        yield (Finding("a trial", check.cells),), 0.0
+
+
+def test_a_pair_that_is_named_is_proved_beside_the_backends(make_host):
+    host = make_host(*(replace(RIGHT_WRITTEN, name=name) for name in ("one", "two")))
+    proofs, _ = prove_all(host, quick=True, judge=holds, pair=host.require(PAIR))
+    assert list(dict.fromkeys(proof.backend for proof in proofs)) == ["one", "two", PAIR]
+    assert f"plugins test {PAIR} --device" in proofs[-1].command
+    plain, _ = prove_all(host, quick=True, judge=holds)
+    assert {proof.backend for proof in plain} == {"one", "two"}
+
+
+def test_backends_proves_the_pair(monkeypatch):
+    monkeypatch.setattr("isobit.cli.backends.judge_in", lambda jobs, make_host: holds)
+    name = "prefill=triton,decode=torch"
+    shown = CliRunner().invoke(main, ["backends", "--prove", "--attention-backend", name])
+    assert shown.exit_code == 0, shown.output
+    assert f"{name} on cuda" in shown.stderr or f"{name} is not judged on cuda" in shown.stdout
 
 
 def test_backends_shows_the_pair_as_a_column():

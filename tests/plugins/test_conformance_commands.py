@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,10 @@ def test_the_proof_as_json_and_as_a_file(tmp_path: Path) -> None:
     proof = json.loads(done.stdout)
     assert proof == json.loads(saved.read_text())
     assert proof["cells"]["deterministic"]["verdict"] == "proved"
-    assert proof["command"] == "isobit plugins test torch --device cpu --quick"
+    assert shlex.split(proof["command"]) == [
+        *("isobit", "plugins", "test", "torch", "--device", "cpu", "--quick"),
+        *("--check", "rerun", "--waive", "batch=slow here"),
+    ]
     assert proof["versions"].keys() >= {"isobit", "torch", "python"}
 
 
@@ -92,8 +96,12 @@ def test_the_engine_check_asks_the_host_that_found_the_backend(site, backend_sou
     contested = site.python(program, "plugins", *judged)
     assert contested.returncode == 2
     assert "rival-dist" in contested.stderr
-    done = site.python(program, "plugins", "--no-plugin", "rival", *judged)
+    done = site.python(program, "plugins", "--no-plugin", "rival", *judged, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
+    command = json.loads(done.stdout)["command"]
+    assert command == (
+        "isobit plugins --no-plugin rival test torch --device cpu --quick --check engine"
+    )
 
 
 def test_every_backend_that_runs_here_is_proved(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -29,6 +30,7 @@ from isobit.plugins.manager import PluginHost
 HOSTS = '''
 import os
 import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -54,13 +56,43 @@ class Dies(RightAttention):
             out.zero_()
 
 
+FAULTS = []
+
+
+class Faults(RightAttention):
+    """Six query heads over three KV heads break the device: all that the process runs is wrong."""
+
+    def run(self, q, k, v, cache, plan, out):
+        super().run(q, k, v, cache, plan, out)
+        if (self.config.num_q_heads, self.config.num_kv_heads) == (6, 3):
+            FAULTS.append(self)
+        if FAULTS:
+            out.zero_()
+
+
+def probe():
+    if FAULTS:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+class LeavesAChild(RightAttention):
+    """Forks a process that holds the pipes open, and dies."""
+
+    def run(self, q, k, v, cache, plan, out):
+        if os.fork() == 0:
+            time.sleep(40)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def mutants():
     return PluginHost(candidates=candidates(), strict_plugins=True)
 
 
 def dying():
-    spec = replace(RIGHT, name="dies", factory="conformance_hosts:Dies")
-    plugin = SimpleNamespace(isobit_attention_backends=hookimpl(lambda: [spec]))
+    named = {"dies": "Dies", "faults": "Faults", "leaves-a-child": "LeavesAChild"}
+    specs = [replace(RIGHT, name=n, factory=f"conformance_hosts:{c}") for n, c in named.items()]
+    plugin = SimpleNamespace(isobit_attention_backends=hookimpl(lambda: specs))
     return PluginHost(candidates=[Candidate("dies", "any", "1.0", "", lambda: plugin)])
 
 
@@ -78,10 +110,14 @@ def hosts(tmp_path, monkeypatch) -> ModuleType:
 
 
 def judged(
-    name: str, make_host: Callable[[], PluginHost], judge: JudgeChecks, only: Sequence[str]
+    name: str,
+    make_host: Callable[[], PluginHost],
+    judge: JudgeChecks,
+    only: Sequence[str],
+    probe: Callable[[], None] | None = None,
 ) -> tuple[list[Outcome], Proof]:
     """The outcomes and their proof, without the seconds."""
-    context = make_context(find_subject(name, make_host()), "cpu", quick=True)
+    context = make_context(find_subject(name, make_host()), "cpu", quick=True, probe=probe)
     found = run_suite(context, waivers={"long": "slow"}, only=only, judge=judge)
     outcomes = [replace(outcome, seconds=0.0) for outcome in found]
     return outcomes, make_proof(context, outcomes, command="the command")
@@ -107,6 +143,58 @@ def test_a_process_that_dies_fails_its_check_with_the_trial(hosts: ModuleType) -
     assert "num_q_heads=6, num_kv_heads=3" in " ".join(groups.snippet.split())
     assert layers.status == "passed"
     assert not multiprocessing.active_children()
+
+
+FAULT = "float32, 6 query over 3 KV heads"
+
+
+def told_of_the_fault(groups: Outcome) -> None:
+    """The trial that broke the device is printed as it was, not made small."""
+    assert (groups.status, groups.findings[-1].label) == ("failed", FAULT)
+    assert groups.reason.endswith("(the device was left unusable)")
+    assert groups.snippet.count("Sequence(length=") == 3
+
+
+def test_a_fault_of_the_device_fails_what_follows_it_unjudged(hosts: ModuleType) -> None:
+    only = ["generators", "groups", "layers", "rerun"]
+    found, proof = judged("faults", hosts.dying, judge_here, only, hosts.probe)
+    told_of_the_fault(found[1])
+    assert len(set(hosts.FAULTS)) == 1  # nothing smaller was run
+    assert [o.status for o in found] == ["passed", "failed", "failed", "failed"]
+    for after in found[2:]:
+        lost = f"not judged: the device was left unusable by groups: {FAULT}"
+        assert (after.reason, after.snippet) == (f"every trial: {lost}", "")
+    assert proof.cells["deterministic"].verdict == "failed"
+
+
+def test_what_was_lost_before_the_suite_is_not_blamed_on_it(hosts: ModuleType) -> None:
+    hosts.FAULTS.append("of another backend")
+    (layers,), _ = judged("mutant-none", hosts.mutants, judge_here, ["layers"], hosts.probe)
+    assert layers.reason.endswith("the device was left unusable by what this process ran before")
+
+
+def test_without_the_probe_the_fault_is_told_of_innocent_trials(hosts: ModuleType) -> None:
+    (groups, layers), _ = judged("faults", hosts.dying, judge_here, ["groups", "layers"])
+    assert groups.snippet.count("Sequence(length=") == 1  # made small, on a broken device
+    assert "not judged" not in layers.reason
+    assert layers.snippet
+
+
+def test_a_fault_of_the_device_ends_its_process_alone(hosts: ModuleType) -> None:
+    only = ["groups", "layers", "rerun"]
+    (groups, *others), _ = judged(
+        "faults", hosts.dying, Processes(1, hosts.dying), only, hosts.probe
+    )
+    told_of_the_fault(groups)
+    assert [(o.status, o.reason) for o in others] == [("passed", "")] * 2
+    assert not multiprocessing.active_children()
+
+
+def test_a_process_that_dies_is_missed_though_its_child_lives(hosts: ModuleType) -> None:
+    began = time.monotonic()
+    (layers,), _ = judged("leaves-a-child", hosts.dying, Processes(1, hosts.dying), ["layers"])
+    assert layers.reason.endswith("the process that judged it was killed by SIGKILL")
+    assert time.monotonic() - began < 30
 
 
 def test_a_process_that_cannot_start_is_a_users_error(hosts: ModuleType) -> None:

@@ -113,6 +113,30 @@ def test_the_source_of_a_shared_prefix_stays():
     assert tail.length < 20
 
 
+def test_it_ends_where_a_smaller_trial_leaves_the_device_unusable():
+    made = []
+
+    class Faulting(Unmasked):
+        """The fourth one that is made breaks the device, and nothing is right after that."""
+
+        def __init__(self, config):
+            super().__init__(config)
+            made.append(self)
+
+        def seen(self, position, new, length, batch):
+            return 1 if len(made) >= 4 else super().seen(position, new, length, batch)
+
+    def probe():
+        if len(made) >= 4:
+            raise RuntimeError("CUDA error")
+
+    trial = _crowd(5, 1, 90, 30)
+    judge = Judge(Faulting, probe)
+    smallest, told = shrink(judge, trial, judge.judge(trial))
+    assert len(made) == 4
+    assert Judge(Unmasked).judge(smallest) == told  # a failure of the backend, not of the device
+
+
 def test_a_backend_without_a_mistake_passes():
     judge = Judge(Careful)
     assert judge.judge(_crowd(5, 1, 90, 30)) is None

@@ -177,7 +177,7 @@ def spec(**changes: object) -> BackendSpec:
 
 def context(**changes: object) -> Context:
     subject = Subject(spec(**changes), RightAttention, "any-dist", "1.0", PluginHost())
-    return Context(subject, Corners(subject.spec, "cpu", True), Judge(RightAttention))
+    return Context(subject, Corners(subject.spec, "cpu", True), Judge(RightAttention), "any")
 
 
 def check(*findings: Finding) -> Check:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ..check import Check, needs_feature, trial_check
 from ..corners import Corners
-from ..scenario import Run, Sequence, Trial, then_decode, together
+from ..scenario import Geometry, Run, Sequence, Trial, then_decode, together
 
 _CELLS = ("cuda_graph",)
 
@@ -50,12 +50,28 @@ def _graphs(corners: Corners) -> Iterator[Trial]:
                 sequences=sequences,
                 run=Run(steps=steps, graph=True, unwritten="nan"),
             )
+        yield _between_mixed_steps(corners, geometry)
+
+
+def _between_mixed_steps(corners: Corners, geometry: Geometry) -> Trial:
+    """Every second step some prefill while others decode; the steps between are replayed."""
+    lengths = [20, 127, 5, 255, 64]
+    pieces = [then_decode(i, n, n + 6) for i, n in enumerate(lengths)]
+    steps = together(*pieces, delays=(0, 2, 4, 6, 6))
+    return Trial(
+        label=f"{geometry.dtype}, {len(lengths)} sequences, replays between steps that prefill too",
+        cells=_CELLS,
+        geometry=geometry,
+        sequences=tuple(Sequence(length=n + 6, seed=i) for i, n in enumerate(lengths)),
+        run=Run(steps=steps, graph=True),
+        against=Run(steps=steps) if corners.capabilities.deterministic else None,
+    )
 
 
 CHECKS: tuple[Check, ...] = (
     trial_check(
         "graph",
-        "replayed graphs give what ordinary steps give, whatever lengths they were captured with",
+        "replayed graphs give what ordinary steps give, whatever was captured, whatever ran since",
         _CELLS,
         _graphs,
         needs_feature("cuda_graph"),

@@ -131,6 +131,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("graphs:CapturedLengths", "graph"),
     _mutant("graphs:CapturedPages", "graph"),
     _mutant("graphs:CapturedGrid", "graph"),
+    _mutant("graphs:SharedWorkspace", "graph"),
     _mutant("graphs:WaitsForDevice", "graph"),
     _mutant("declarations:NoCapture", "graph"),
     _mutant("declarations:WindowIgnored", "window"),

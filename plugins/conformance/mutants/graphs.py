@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from ....backends.base import Batch
 from .right import Plan, RightAttention, cut
 
@@ -26,6 +29,26 @@ class CapturedGrid(RightAttention):
     def walked(self, batch: Batch) -> list[int]:
         self.capturing = False
         return super().walked(batch)
+
+
+class SharedWorkspace(RightAttention):
+    """A step with prefills plans over what captured graphs read. Seen where the plans of decodes
+    and of prefills go into one workspace.
+    """
+
+    def capture(self, max_num_seqs: int) -> None:
+        super().capture(max_num_seqs)
+        self.workspace = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.config.device)
+
+    def owners(self, batch: Batch) -> Tensor:
+        owners = super().owners(batch)
+        if not self.capturing:
+            return owners
+        prefills = owners[batch.num_decodes :]
+        planned = prefills if len(prefills) else owners
+        kept = self.workspace[: len(planned)]
+        kept.copy_(planned[: len(kept)])
+        return owners if len(prefills) else kept
 
 
 class WaitsForDevice(RightAttention):
