@@ -47,14 +47,16 @@ def test_every_backend_is_judged_verified_and_timed_under_one_name(script: Modul
     assert all(task.timed for task in every if task.result)
 
 
-def parsed(command: click.Command, arguments: list[str]) -> None:
+def parsed(
+    command: click.Command, arguments: list[str], parent: click.Context | None = None
+) -> None:
     """Parse the arguments down to the last command, and run none."""
-    context = command.make_context(command.name, arguments)
+    context = command.make_context(command.name, arguments, parent)
     if isinstance(command, click.Group):
         left = context._protected_args + context.args
         _, inner, rest = command.resolve_command(context, left)
         assert inner is not None
-        parsed(inner, rest)
+        parsed(inner, rest, context)
 
 
 def test_every_command_is_one_that_there_is(script: ModuleType) -> None:
@@ -102,7 +104,11 @@ def test_what_is_timed_has_the_first_gpu_for_itself(
 
 def test_results_logs_and_states(script: ModuleType, tmp_path: Path) -> None:
     chosen = [
-        python(script, "good one", "import os; print('{folder}'); os.system('echo last >&2')"),
+        python(
+            script,
+            "good one",
+            "import os; print('{folder}', flush=True); os.system('echo last >&2')",
+        ),
         python(script, "kept", "print(1)", result="kept.jsonl", timed=True),
         python(script, "bad", "print(2); raise SystemExit(3)", result="bad.jsonl", timed=True),
     ]
