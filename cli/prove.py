@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from shlex import join
 from typing import TYPE_CHECKING
@@ -45,12 +46,14 @@ def prove(
     from ..plugins.conformance.text import failures, outcome_line
 
     context = make_context(subject, device, quick=quick)
-    outcomes = []
+    began, outcomes = time.perf_counter(), []
     for outcome in run_suite(context, waivers=waivers, only=only, judge=judge):
         outcomes.append(outcome)
         click.echo(outcome_line(outcome), err=err)
     command = _command(subject, device, quick, only, waivers or {})
-    return make_proof(context, outcomes, command=command), failures(outcomes)
+    seconds = time.perf_counter() - began
+    proof = make_proof(context, outcomes, command=command, seconds=seconds)
+    return proof, failures(outcomes)
 
 
 def _command(

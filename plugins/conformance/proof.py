@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from typing import Any, Literal
@@ -69,9 +69,10 @@ class Proof:
         return asdict(self)
 
 
-def make_proof(context: Context, outcomes: Iterable[Outcome], *, command: str) -> Proof:
-    """The proof that the outcomes of a whole suite are."""
-    outcomes = list(outcomes)
+def make_proof(
+    context: Context, outcomes: Sequence[Outcome], *, command: str, seconds: float
+) -> Proof:
+    """The proof that the outcomes of a whole suite are, which took so many seconds."""
     subject, device = context.subject, context.corners.device
     return Proof(
         backend=subject.spec.name,
@@ -82,7 +83,7 @@ def make_proof(context: Context, outcomes: Iterable[Outcome], *, command: str) -
         versions=versions_of(subject, device),
         date=date.today().isoformat(),
         command=command,
-        seconds=round(sum(outcome.seconds for outcome in outcomes), 1),
+        seconds=round(seconds, 1),
         cells={
             name: _judge(name, declared, absent, outcomes, context.corners)
             for name, declared, absent in declarations(subject.spec.capabilities)

@@ -75,7 +75,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     from .text import proof_table, verdict
 
     context, _ = config.stash[CHOSEN]
-    proof = make_proof(context, outcomes, command="pytest")
+    seconds = sum(outcome.seconds for outcome in outcomes)
+    proof = make_proof(context, outcomes, command="pytest", seconds=seconds)
     terminalreporter.section(f"conformance of {proof.backend}")
     terminalreporter.write_line(proof_table(proof))
     terminalreporter.write_line("")

@@ -120,7 +120,7 @@ def judged(
     context = make_context(find_subject(name, make_host()), "cpu", quick=True, probe=probe)
     found = run_suite(context, waivers={"long": "slow"}, only=only, judge=judge)
     outcomes = [replace(outcome, seconds=0.0) for outcome in found]
-    return outcomes, make_proof(context, outcomes, command="the command")
+    return outcomes, make_proof(context, outcomes, command="the command", seconds=0.0)
 
 
 def test_two_processes_give_what_one_gives(hosts: ModuleType) -> None:

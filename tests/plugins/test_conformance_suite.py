@@ -202,7 +202,7 @@ BAD = Finding("bad", ("dtypes",), "wrong bits", "program")
 def test_a_cell_is_proved_only_by_trials_that_held(findings, waivers, status, cells) -> None:
     outcome = run_check(check(*findings), context(), waivers)
     assert outcome.status == status
-    proof = make_proof(context(), [outcome], command="the command")
+    proof = make_proof(context(), [outcome], command="the command", seconds=1.23)
     assert {name: proof.cells[name].verdict for name in cells} == cells
     assert proof.cells["radix_cache"].verdict == "not declared"
     assert proof.holds == (status != "failed")
