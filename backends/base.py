@@ -113,6 +113,21 @@ class Batch:
         return int(self.token_ids.shape[0])
 
 
+def first_decodes(batch: Batch, count: int) -> Batch:
+    """The first ``count`` sequences of a batch, all of which decode, over the same tensors."""
+    return Batch(
+        token_ids=batch.token_ids[:count],
+        positions=batch.positions[:count],
+        slot_mapping=batch.slot_mapping[:count],
+        cu_seqlens_q=batch.cu_seqlens_q[: count + 1],
+        seq_lens=batch.seq_lens[:count],
+        block_table=batch.block_table[:count],
+        query_lens=batch.query_lens[:count],
+        kv_lens=batch.kv_lens[:count],
+        num_decodes=count,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class LayerCache:
     """One layer's part of the KV cache.

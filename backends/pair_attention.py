@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import AttentionBackend, AttentionConfig, Batch, LayerCache
+from .base import AttentionBackend, AttentionConfig, Batch, LayerCache, first_decodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class PairAttention(AttentionBackend):
         n, mixed = batch.num_decodes, 0 < batch.num_decodes < batch.num_seqs
         decode = prefill = None
         if n:
-            decode = self._decode.plan(_decodes(batch) if mixed else batch)
+            decode = self._decode.plan(first_decodes(batch, n) if mixed else batch)
         if n < batch.num_seqs:
             prefill = self._prefill.plan(_prefills(batch) if mixed else batch)
         return PairPlan(n, decode, prefill)
@@ -76,22 +76,6 @@ class PairAttention(AttentionBackend):
 
     def replay(self, plan: PairPlan, batch: Batch) -> None:
         self._decode.replay(plan.decode, batch)
-
-
-def _decodes(batch: Batch) -> Batch:
-    """The decodes of a mixed step; a decode has one row."""
-    n = batch.num_decodes
-    return Batch(
-        token_ids=batch.token_ids[:n],
-        positions=batch.positions[:n],
-        slot_mapping=batch.slot_mapping[:n],
-        cu_seqlens_q=batch.cu_seqlens_q[: n + 1],
-        seq_lens=batch.seq_lens[:n],
-        block_table=batch.block_table[:n],
-        query_lens=batch.query_lens[:n],
-        kv_lens=batch.kv_lens[:n],
-        num_decodes=n,
-    )
 
 
 def _prefills(batch: Batch) -> Batch:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import AttentionBackend, Batch
+from ..backends.base import AttentionBackend, Batch, first_decodes
 from ..backends.recording import Recorded, memory_pool, record, warm_up
 from .blaming import blaming
 
@@ -117,7 +117,7 @@ class DecodeGraphs:
         return {size: self._capture_one(size, compute, pool) for size in reversed(self.sizes)}
 
     def _capture_one(self, size: int, compute: Compute, pool: Any) -> _Graph:
-        batch = self._first(size)
+        batch = first_decodes(self._static, size)
         with self._blaming("plan"):
             plan = self._backend.plan(batch)
 
@@ -130,21 +130,6 @@ class DecodeGraphs:
 
     def _blaming(self, call: str) -> AbstractContextManager[None]:
         return blaming(type(self._backend).__name__, call)
-
-    def _first(self, size: int) -> Batch:
-        """The static tensors' first ``size`` sequences."""
-        static = self._static
-        return Batch(
-            token_ids=static.token_ids[:size],
-            positions=static.positions[:size],
-            slot_mapping=static.slot_mapping[:size],
-            cu_seqlens_q=static.cu_seqlens_q[: size + 1],
-            seq_lens=static.seq_lens[:size],
-            block_table=static.block_table[:size],
-            query_lens=static.query_lens[:size],
-            kv_lens=static.kv_lens[:size],
-            num_decodes=size,
-        )
 
 
 def free_memory(device: torch.device) -> int:
