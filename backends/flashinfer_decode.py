@@ -43,48 +43,42 @@ class UnsplitDecodes:
     def __init__(self, config: AttentionConfig) -> None:
         self._config = config
         self._captured: _Room | None = None
-        pages = num_pages(config.max_model_len, config.page_size)
-        self._ordinary = _Room(config, _ORDINARY_SEQS, _ORDINARY_SEQS * pages)
+        self._ordinary = _Room(config, _ORDINARY_SEQS)
 
     def plan(self, batch: Batch) -> dict[int, Wrapper]:
         decodes = batch.num_decodes
         room = self._captured
         if room is None or not batch.num_seqs == decodes <= room.most_seqs:
-            room = self._grown(batch)
+            room = self._grown(decodes)
         return room.plan(batch)
 
     def capture(self, max_num_seqs: int) -> None:
-        """Bytes: 4 a page of ``max_num_seqs`` sequences of ``max_model_len`` tokens."""
-        c = self._config
-        pages = num_pages(c.max_model_len, c.page_size)
-        self._captured = _Room(c, max_num_seqs, max_num_seqs * pages)
+        self._captured = _Room(self._config, max_num_seqs)
 
-    def _grown(self, batch: Batch) -> _Room:
-        """The room of ordinary steps, twice as large where it was too small."""
-        room, decodes = self._ordinary, batch.num_decodes
-        pages = sum(num_pages(n, self._config.page_size) for n in batch.kv_lens[:decodes])
-        if decodes > room.most_seqs or pages > room.most_pages:
-            room.drain()
-            seqs, most = max(2 * decodes, room.most_seqs), max(2 * pages, room.most_pages)
-            self._ordinary = _Room(self._config, seqs, most)
+    def _grown(self, decodes: int) -> _Room:
+        """The room of ordinary steps, twice as large as needed where it was too small."""
+        if decodes > self._ordinary.most_seqs:
+            self._ordinary.drain()
+            self._ordinary = _Room(self._config, 2 * decodes)
         return self._ordinary
 
 
 class _Room:
     """The tensors that unsplit decodes read, and the wrappers planned on them.
 
-    One step at a time uses it, in the order of the stream.
+    One step at a time uses it, in the order of the stream. It takes 4 bytes a page of ``most_seqs``
+    sequences of ``max_model_len`` tokens.
     """
 
-    def __init__(self, config: AttentionConfig, most_seqs: int, most_pages: int) -> None:
+    def __init__(self, config: AttentionConfig, most_seqs: int) -> None:
         def ones(size: int) -> Tensor:
             return torch.ones(size, dtype=torch.int32, device=config.device)
 
-        self.most_seqs, self.most_pages = most_seqs, most_pages
+        self.most_seqs = most_seqs
         self._config = config
         self._indptr = ones(most_seqs + 1)
         self._last_page_len = ones(most_seqs)
-        self._indices = ones(most_pages)
+        self._indices = ones(most_seqs * num_pages(config.max_model_len, config.page_size))
         self._floats = float_workspace(0, config.device)
         self._wrappers: dict[int, dict[int, Wrapper]] = {}
 
