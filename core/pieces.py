@@ -29,6 +29,7 @@ Model = Callable[[Tensor, Tensor, Tensor, Callable[..., Tensor]], Tensor]
 ``attend(layer, *heads)`` gives a layer's ``[T, q_heads, head_dim]``."""
 
 _COPIED = ("token_ids", "positions", "slot_mapping")
+"""What of a batch the model is given, in its order."""
 _SMALLEST = 16
 
 
@@ -66,9 +67,9 @@ class PiecewiseGraphs:
         self.sizes = tuple(sizes)
         most = self.sizes[-1]
         # A tensor each: a kernel may be compiled differently for one that begins at an odd address.
-        self._token_ids, self._positions, self._slot_mapping = (
-            torch.zeros(most, dtype=torch.int64, device=config.device) for _ in range(3)
-        )
+        self._inputs = {
+            name: torch.zeros(most, dtype=torch.int64, device=config.device) for name in _COPIED
+        }
         shape = (most, config.num_q_heads, config.head_dim)
         self._out = torch.zeros(shape, dtype=config.dtype, device=config.device)
         self._captured = self._capture(model)
@@ -86,8 +87,7 @@ class PiecewiseGraphs:
         """
         tokens = batch.num_tokens
         size = next(size for size in self.sizes if size >= tokens)
-        for name in _COPIED:
-            rows = getattr(self, f"_{name}")
+        for name, rows in self._inputs.items():
             rows[:tokens].copy_(getattr(batch, name))
             rows[tokens:size].zero_()
         captured, out = self._captured[size], self._out[:tokens]
@@ -107,11 +107,11 @@ class PiecewiseGraphs:
         return {size: self._capture_one(size, model, pool) for size in reversed(self.sizes)}
 
     def _capture_one(self, size: int, model: Model, pool: Any) -> _Captured:
-        inputs = self._token_ids[:size], self._positions[:size], self._slot_mapping[:size]
+        token_ids, positions, slot_mapping = (rows[:size] for rows in self._inputs.values())
         out, found = self._out[:size], list[Heads]()
 
         def work() -> None:
-            model(*inputs, lambda layer, *heads: out)
+            model(token_ids, positions, slot_mapping, lambda layer, *heads: out)
 
         def cut(layer: int, *heads: Tensor) -> Tensor:
             found.append(heads)
@@ -120,5 +120,5 @@ class PiecewiseGraphs:
 
         warm_up(work, self._device)  # compiles kernels
         with recording(self._device, pool) as under_way:
-            hidden = model(*inputs, cut)
+            hidden = model(token_ids, positions, slot_mapping, cut)
         return _Captured(under_way.pieces, found, hidden)

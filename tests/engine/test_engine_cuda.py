@@ -201,8 +201,8 @@ def test_a_frozen_input_of_the_pieces_is_caught() -> None:
         llm.flush_cache()
         pieces = llm.engine.runner.pieces
         assert pieces is not None
-        frozen = pieces._positions.zero_()
-        pieces._positions = frozen.clone()
+        frozen = pieces._inputs["positions"].zero_()
+        pieces._inputs["positions"] = frozen.clone()
         broken = [transcripts(o) for o in llm.generate(prompts(8), sampled(8), use_tqdm=False)]
     assert broken != expected
 
