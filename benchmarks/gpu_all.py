@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition
@@ -133,16 +134,18 @@ class Commands:
         """A result has its name only once it is whole."""
         command = [part.replace("{folder}", str(self._folder)) for part in task.command]
         environment = {"CUDA_VISIBLE_DEVICES": visible(gpu), "ISOBIT_CACHE": str(_cache(task))}
-        result = self._folder / (task.result or "log/none")
-        part = result.with_name(f"{result.name}.part")
-        with log.open("w") as output, part.open("w") as kept:
+        part = self._folder / f"{task.result}.part"
+        with (
+            log.open("w") as output,
+            part.open("w") if task.result else nullcontext(output) as kept,
+        ):
             try:
                 done = run_whole(
                     [sys.executable, *command],
                     timeout,
                     env=os.environ | environment,
                     cwd=ROOT,
-                    stdout=kept if task.result else output,
+                    stdout=kept,
                     stderr=output,
                 )
             except subprocess.TimeoutExpired:
@@ -150,7 +153,7 @@ class Commands:
         if done.returncode != 0:
             return f"status {done.returncode}"
         if task.result:
-            part.replace(result)
+            part.replace(self._folder / task.result)
         return "ok"
 
 
