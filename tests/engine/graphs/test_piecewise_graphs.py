@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,9 +30,7 @@ from isobit.verify.workload import Case
 
 CPU = torch.device("cpu")
 SIZES = (16, 32)
-WRITERS = pytest.mark.parametrize(
-    "backend", ["mutant-none", "mutant-none-written"], ids=["it writes", "the engine writes"]
-)
+Start = Callable[[str], Engine]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [
@@ -61,18 +58,6 @@ class Steps:
     replayed: Counter[int] = field(default_factory=Counter)
     eager: Counter[int] = field(default_factory=Counter)
     mixed: int = 0
-
-
-def start(folder: Path, backend: str) -> Engine:
-    config = EngineConfig(
-        model=str(folder),
-        attention_backend=backend,
-        kernels="torch",
-        device="cpu",
-        max_model_len=64,
-        page_size=7,
-    )
-    return start_engine(config, PluginHost(candidates=candidates()))[0]
 
 
 def with_pieces(engine: Engine) -> Engine:
@@ -110,8 +95,8 @@ def run(engine: Engine, **options: Any) -> list[Transcript]:
 
 
 @pytest.fixture(scope="module")
-def expected(small_folder: Path) -> list[Transcript]:
-    return run(start(small_folder, "mutant-none"))
+def expected(start: Start) -> list[Transcript]:
+    return run(start("mutant-none"))
 
 
 def test_sizes() -> None:
@@ -121,12 +106,11 @@ def test_sizes() -> None:
     assert piece_sizes(512) == [16, 32, 64, 128, 256, 512]
 
 
-@WRITERS
 def test_pieces_give_the_bits_of_eager_steps(
-    small_folder: Path, expected: list[Transcript], backend: str
+    start: Start, expected: list[Transcript], backend: str
 ) -> None:
     """Below, at and beyond the sizes; prompts in chunks, beside decodes, on a flushed cache."""
-    engine = with_pieces(start(small_folder, backend))
+    engine = with_pieces(start(backend))
     steps = watched(engine)
     for place, budget in ((0, None), (2, None), (0, 16), (3, 11), (1, 32)):
         found = run(engine, arrive=lambda i, k=place: k * i, budget=lambda step, b=budget: b)
@@ -140,11 +124,10 @@ def test_pieces_give_the_bits_of_eager_steps(
     assert min(steps.eager) > SIZES[-1] >= max(steps.replayed)
 
 
-@WRITERS
 def test_requests_that_lose_their_pages_give_the_same_bits(
-    small_folder: Path, expected: list[Transcript], backend: str
+    start: Start, expected: list[Transcript], backend: str
 ) -> None:
-    engine = with_pieces(start(small_folder, backend))
+    engine = with_pieces(start(backend))
     steps, preempted = watched(engine), []
 
     def preempt(engine: Engine, step: int) -> None:
@@ -157,12 +140,11 @@ def test_requests_that_lose_their_pages_give_the_same_bits(
     assert len(steps.replayed) > 2
 
 
-@WRITERS
 def test_what_nobody_wrote_is_never_read(
-    small_folder: Path, expected: list[Transcript], backend: str
+    start: Start, expected: list[Transcript], backend: str
 ) -> None:
     """The null page, unwritten slots, and what rows of padding find as attention's output."""
-    engine = with_pieces(start(small_folder, backend))
+    engine = with_pieces(start(backend))
     steps, pieces = watched(engine), engine.runner.pieces
     assert pieces is not None
     for layer in engine.runner.layers:
@@ -174,9 +156,9 @@ def test_what_nobody_wrote_is_never_read(
 
 
 @pytest.mark.parametrize("name", ["token_ids", "positions", "slot_mapping"])
-def test_stale_inputs_are_caught(small_folder: Path, expected: list[Transcript], name: str) -> None:
+def test_stale_inputs_are_caught(start: Start, expected: list[Transcript], name: str) -> None:
     """The negative control: pieces that keep an input of their capture."""
-    engine = with_pieces(start(small_folder, "mutant-none-written"))
+    engine = with_pieces(start("mutant-none-written"))
     for layer in engine.runner.layers:
         layer.k.zero_()
         layer.v.zero_()
@@ -186,11 +168,8 @@ def test_stale_inputs_are_caught(small_folder: Path, expected: list[Transcript],
     assert run(engine, arrive=lambda place: 2 * place) != expected
 
 
-@WRITERS
-def test_an_observer_sees_every_op(
-    small_folder: Path, expected: list[Transcript], backend: str
-) -> None:
-    engine = with_pieces(start(small_folder, backend))
+def test_an_observer_sees_every_op(start: Start, expected: list[Transcript], backend: str) -> None:
+    engine = with_pieces(start(backend))
     steps = watched(engine)
     with tracing(engine, CASES[3]) as trace:
         assert run(engine, arrive=lambda place: 2 * place) == expected
@@ -198,11 +177,10 @@ def test_an_observer_sees_every_op(
     assert (5, "layers.1.mlp.act") in trace.digests
 
 
-@WRITERS
 def test_a_backend_that_raises_between_pieces_is_named(
-    small_folder: Path, expected: list[Transcript], backend: str
+    start: Start, expected: list[Transcript], backend: str
 ) -> None:
-    engine = with_pieces(start(small_folder, backend))
+    engine = with_pieces(start(backend))
     steps, owner = watched(engine), engine.runner.backend
     call = "run_written" if engine.runner.engine_writes_kv else "run"
 
@@ -249,18 +227,13 @@ def test_only_small_models_are_captured_unless_asked_for() -> None:
 
 @pytest.mark.parametrize(("most", "sizes"), [(0, None), (20, (16, 20))])
 def test_start_up_captures_and_reports(
-    monkeypatch: pytest.MonkeyPatch, small_folder: Path, most: int, sizes: tuple[int, ...] | None
+    monkeypatch: pytest.MonkeyPatch,
+    config_of: Callable[..., EngineConfig],
+    most: int,
+    sizes: tuple[int, ...] | None,
 ) -> None:
     monkeypatch.setattr(startup, "choose_backend", selecting_graphs(startup.choose_backend))
-    config = EngineConfig(
-        model=str(small_folder),
-        attention_backend="mutant-none",
-        kernels="torch",
-        device="cpu",
-        max_model_len=64,
-        cuda_graph_max_bs=1,
-        cuda_graph_max_tokens=most,
-    )
+    config = config_of("mutant-none", cuda_graph_max_bs=1, cuda_graph_max_tokens=most)
     engine, report = start_engine(config, PluginHost(candidates=candidates()))
     pieces = engine.runner.pieces
     assert (pieces and pieces.sizes) == sizes

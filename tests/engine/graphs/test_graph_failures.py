@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -19,6 +19,7 @@ from isobit.errors import BackendError, ConfigError
 from isobit.plugins.conformance.mutants.catalogue import candidates
 from isobit.plugins.manager import PluginHost
 
+Made = Callable[..., tuple[EngineConfig, Engine]]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -26,21 +27,20 @@ def fail(*args: Any) -> None:
     raise ValueError("no room")
 
 
-def start(folder: Path, backend: str = "mutant-none") -> tuple[EngineConfig, Engine]:
-    config = EngineConfig(
-        model=str(folder),
-        attention_backend=backend,
-        kernels="torch",
-        device="cpu",
-        max_model_len=64,
-        cuda_graph_max_bs=1,
-    )
-    return config, start_engine(config, PluginHost(candidates=candidates()))[0]
+@pytest.fixture
+def made(config_of: Callable[..., EngineConfig]) -> Made:
+    """The options of an engine on a backend and the engine itself, not captured yet."""
+
+    def make(backend: str = "mutant-none") -> tuple[EngineConfig, Engine]:
+        config = config_of(backend, cuda_graph_max_bs=1)
+        return config, start_engine(config, PluginHost(candidates=candidates()))[0]
+
+    return make
 
 
 @pytest.mark.parametrize("call", ["capture", "plan"])
-def test_a_backend_that_raises_at_capture_is_named(small_folder: Path, call: str) -> None:
-    config, engine = start(small_folder)
+def test_a_backend_that_raises_at_capture_is_named(made: Made, call: str) -> None:
+    config, engine = made()
     setattr(engine.runner.backend, call, fail)
     message = (
         rf"backend 'mutant-none' cannot be made: RightAttention raised ValueError in {call}\(\): "
@@ -50,21 +50,21 @@ def test_a_backend_that_raises_at_capture_is_named(small_folder: Path, call: str
         startup._capture(config, engine.runner, 16)
 
 
-def test_a_backend_that_captures_nothing_is_named(small_folder: Path) -> None:
-    config, engine = start(small_folder, "mutant-no-capture")
+def test_a_backend_that_captures_nothing_is_named(made: Made) -> None:
+    config, engine = made("mutant-no-capture")
     with pytest.raises(ConfigError, match=r"NoCapture raised NotImplementedError in capture\(\)"):
         startup._capture(config, engine.runner, 16)
 
 
-def test_memory_that_runs_out_is_not_the_backends_fault(small_folder: Path) -> None:
-    config, engine = start(small_folder)
+def test_memory_that_runs_out_is_not_the_backends_fault(made: Made) -> None:
+    config, engine = made()
     engine.runner.backend.capture = MagicMock(side_effect=torch.OutOfMemoryError("full"))
     with pytest.raises(torch.OutOfMemoryError, match="full"):
         startup._capture(config, engine.runner, 16)
 
 
-def test_a_model_that_cannot_be_captured_in_pieces_is_named(small_folder: Path) -> None:
-    config, engine = start(small_folder)
+def test_a_model_that_cannot_be_captured_in_pieces_is_named(made: Made) -> None:
+    config, engine = made()
     runner, model = engine.runner, engine.runner.model
 
     def waits(*inputs: Any) -> torch.Tensor:
@@ -75,7 +75,7 @@ def test_a_model_that_cannot_be_captured_in_pieces_is_named(small_folder: Path) 
 
     runner.model = waits
     message = (
-        rf"model '{re.escape(str(small_folder))}' cannot be captured in pieces .* waits for the "
+        rf"model '{re.escape(config.model)}' cannot be captured in pieces .* waits for the "
         r"device, which a captured graph cannot do\. Pass cuda_graph_max_tokens=0, or "
         r"cuda_graph=False\.$"
     )

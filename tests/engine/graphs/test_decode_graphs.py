@@ -5,28 +5,21 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from isobit import SamplingParams
 from isobit.backends.base import Batch
-from isobit.core.config import EngineConfig
 from isobit.core.engine import Engine
 from isobit.core.graphs import DecodeGraphs, graph_sizes
-from isobit.core.startup import start_engine
-from isobit.plugins.conformance.mutants.catalogue import candidates
-from isobit.plugins.manager import PluginHost
 from isobit.verify.drive import as_transcripts, drive
 from isobit.verify.locate import tracing
 from isobit.verify.transcript import Transcript
 from isobit.verify.workload import Case
 
 SIZES = (1, 2, 4)
-WRITERS = pytest.mark.parametrize(
-    "backend", ["mutant-none", "mutant-none-written"], ids=["it writes", "the engine writes"]
-)
+Start = Callable[[str], Engine]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES = [
@@ -52,18 +45,6 @@ class Steps:
 
     replayed: Counter[int] = field(default_factory=Counter)
     eager: Counter[int] = field(default_factory=Counter)
-
-
-def start(folder: Path, backend: str) -> Engine:
-    config = EngineConfig(
-        model=str(folder),
-        attention_backend=backend,
-        kernels="torch",
-        device="cpu",
-        max_model_len=64,
-        page_size=7,
-    )
-    return start_engine(config, PluginHost(candidates=candidates()))[0]
 
 
 def with_graphs(engine: Engine) -> Engine:
@@ -99,8 +80,8 @@ def run(engine: Engine, arrive: Callable[[int], int] = lambda place: 0) -> list[
 
 
 @pytest.fixture(scope="module")
-def expected(small_folder: Path) -> list[Transcript]:
-    return run(start(small_folder, "mutant-none"))
+def expected(start: Start) -> list[Transcript]:
+    return run(start("mutant-none"))
 
 
 def test_sizes() -> None:
@@ -110,12 +91,11 @@ def test_sizes() -> None:
     assert graph_sizes(256)[-2:] == [248, 256]
 
 
-@WRITERS
 def test_graphs_give_the_bits_of_eager_steps(
-    small_folder: Path, expected: list[Transcript], backend: str
+    start: Start, expected: list[Transcript], backend: str
 ) -> None:
     """Below, at and beyond the largest size; requests end, join and find a flushed cache."""
-    engine = with_graphs(start(small_folder, backend))
+    engine = with_graphs(start(backend))
     steps = watched(engine)
     for arrive in (lambda place: 0, lambda place: 2 * place, lambda place: 40 * place):
         assert run(engine, arrive) == expected
@@ -125,28 +105,26 @@ def test_graphs_give_the_bits_of_eager_steps(
     assert min(steps.eager) > SIZES[-1]
 
 
-def test_stale_lengths_are_caught(small_folder: Path, expected: list[Transcript]) -> None:
+def test_stale_lengths_are_caught(start: Start, expected: list[Transcript]) -> None:
     """The negative control: a backend whose replays keep the capture's lengths."""
     name = "mutant-captured-lengths"
-    assert run(start(small_folder, name)) == expected
-    assert run(with_graphs(start(small_folder, name))) != expected
+    assert run(start(name)) == expected
+    assert run(with_graphs(start(name))) != expected
 
 
 def test_whoever_writes_k_and_v_the_bits_are_the_same(
-    small_folder: Path, expected: list[Transcript]
+    start: Start, expected: list[Transcript]
 ) -> None:
-    engine = start(small_folder, "mutant-none-written")
+    engine = start("mutant-none-written")
     assert run(engine) == expected
     engine.flush_cache()
     engine.runner.engine_writes_kv = False  # both would write: it has a run() too
     assert run(engine) == expected
 
 
-def test_k_and_v_that_nobody_writes_are_caught(
-    small_folder: Path, expected: list[Transcript]
-) -> None:
+def test_k_and_v_that_nobody_writes_are_caught(start: Start, expected: list[Transcript]) -> None:
     """The negative control: what a backend reads is what the engine wrote."""
-    engine = start(small_folder, "mutant-none-written")
+    engine = start("mutant-none-written")
     for layer in engine.runner.layers:
         layer.k.zero_()
         layer.v.zero_()
@@ -157,11 +135,8 @@ def test_k_and_v_that_nobody_writes_are_caught(
     assert run(engine) != expected
 
 
-@WRITERS
-def test_an_observer_sees_every_op(
-    small_folder: Path, expected: list[Transcript], backend: str
-) -> None:
-    engine = with_graphs(start(small_folder, backend))
+def test_an_observer_sees_every_op(start: Start, expected: list[Transcript], backend: str) -> None:
+    engine = with_graphs(start(backend))
     steps = watched(engine)
     with tracing(engine, CASES[3]) as trace:
         assert run(engine) == expected
@@ -173,11 +148,10 @@ def test_an_observer_sees_every_op(
     assert steps.replayed
 
 
-@WRITERS
 def test_the_null_page_is_never_read(
-    small_folder: Path, expected: list[Transcript], backend: str
+    start: Start, expected: list[Transcript], backend: str
 ) -> None:
-    engine = with_graphs(start(small_folder, backend))
+    engine = with_graphs(start(backend))
     for layer in engine.runner.layers:
         layer.k.fill_(torch.nan)
         layer.v.fill_(torch.nan)
