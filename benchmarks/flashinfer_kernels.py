@@ -3,7 +3,7 @@
     python benchmarks/flashinfer_kernels.py --jobs 8
 
 FlashInfer builds a module when it is first used, one after the other; here they are built side by
-side and found afterwards. A module takes up to a minute and some GiB of memory.
+side and found afterwards. A compiler takes its time and a good deal of memory.
 """
 
 from __future__ import annotations

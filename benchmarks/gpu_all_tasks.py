@@ -51,7 +51,7 @@ def _kernels(cores: int) -> Iterator[Task]:
 def _correctness(cores: int) -> Iterator[Task]:
     jobs = str(max(1, min(16, cores // 4)))
     for backend in (*BACKENDS, "torch"):
-        quick = ("--quick",) if backend == "torch" else ()  # it takes an hour otherwise
+        quick = ("--quick",) if backend == "torch" else ()  # all of it takes long
         yield Task(
             f"conformance of {backend}",
             _isobit(
