@@ -32,7 +32,7 @@ class Task:
     timed: bool = False
     large: bool = False
     after: str = ""
-    timeout: float = 400
+    timeout: float = 3000
 
 
 def tasks(cores: int) -> list[Task]:
@@ -74,7 +74,6 @@ def _correctness(cores: int) -> Iterator[Task]:
             ),
             large=large,
             after=_needs(backend),
-            timeout=3000,
         )
 
 
