@@ -5,7 +5,8 @@
     python benchmarks/gpu_all.py --output results --only fa3 "GPU tests"
 
 The first GPU is kept for what is timed, one command after the other. Everything else runs on the
-others, some at a time; where there is only one GPU, before. What is to be kept lands in the folder:
+others, some at a time, as their memory allows: before it where there is one GPU only, on all where
+nothing is timed. ``--only`` says the order too. What is to be kept lands in the folder:
 measurements under the names of ``benchmarks/results``, proofs under those of ``docs/proofs``, and
 ``verify-*.json`` for ``gpu_proof.py --merge``. Every command's output is in its ``log``. With
 ``--seconds`` no command begins when hardly any time is left, and those under way are ended. The
@@ -35,6 +36,8 @@ from isobit.cli.columns import columns
 ROOT = Path(__file__).parent.parent
 _LEAST = 20.0
 """Seconds below which nothing more is begun."""
+_OF_MEMORY = 0.95
+"""The part of a GPU's memory that is shared out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +51,16 @@ class Done:
 
 
 class Board:
-    """Tasks that are to be done; several threads take them."""
+    """Tasks that are to be done; several threads take them.
 
-    def __init__(self, chosen: Sequence[Task]) -> None:
+    :param memory: of one GPU, GiB
+    """
+
+    def __init__(self, chosen: Sequence[Task], memory: float) -> None:
         self._left = list(chosen)
         self._unfinished = {task.name for task in chosen}
-        self._crowded: set[int] = set()  # GPUs where a large task runs
+        self._running: list[tuple[Task, int]] = []
+        self._memory = memory
         self._changed = Condition()
 
     def take(self, gpu: int, *, timed: bool) -> Task | None:
@@ -63,7 +70,7 @@ class Board:
                 task = next((t for t in self._left if self._fits(t, gpu, timed)), None)
                 if task is not None:
                     self._left.remove(task)
-                    self._crowded |= {gpu} if task.large else set()
+                    self._running.append((task, gpu))
                     return task
                 self._changed.wait()
             return None
@@ -72,19 +79,29 @@ class Board:
         """What waited for the task, or for its GPU's memory, may begin."""
         with self._changed:
             self._unfinished.remove(task.name)
-            self._crowded -= {gpu} if task.large else set()
+            self._running.remove((task, gpu))
             self._changed.notify_all()
 
     def _fits(self, task: Task, gpu: int, timed: bool) -> bool:
-        waits = task.after in self._unfinished or (task.large and gpu in self._crowded)
-        return task.timed is timed and not waits
+        if task.timed is not timed or task.after in self._unfinished:
+            return False
+        beside = [other.memory for other, where in self._running if where == gpu]
+        return not beside or sum(beside) + task.memory <= self._memory
 
 
 def share_out(
-    chosen: Sequence[Task], run: Callable[[Task, int], Done], gpus: int, beside: int
+    chosen: Sequence[Task],
+    run: Callable[[Task, int], Done],
+    gpus: int,
+    beside: int,
+    memory: float = float("inf"),
 ) -> list[Done]:
-    """Run all: what is timed in turn on the first GPU, ``beside`` others on each other one."""
-    board = Board(chosen)
+    """Run all: what is timed in turn on the first GPU, others on the other GPUs.
+
+    :param beside: how many others at a time on a GPU
+    :param memory: of one GPU, GiB
+    """
+    board = Board(chosen, memory)
 
     def work(gpu: int, timed: bool) -> list[Done]:
         done = []
@@ -95,7 +112,8 @@ def share_out(
                 board.ended(task, gpu)
         return done
 
-    others = [gpu for gpu in (range(1, gpus) if gpus > 1 else range(1)) for _ in range(beside)]
+    kept = gpus > 1 and any(task.timed for task in chosen)
+    others = [gpu for gpu in range(int(kept), gpus) for _ in range(beside)]
     with ThreadPoolExecutor(len(others) + 1) as pool:
         lanes = [pool.submit(work, gpu, False) for gpu in others]
         if gpus == 1:
@@ -173,6 +191,13 @@ def summary(done: Sequence[Done]) -> str:
     return columns([head, *((d.task.name, d.state, f"{d.seconds:.0f}", d.last[:80]) for d in done)])
 
 
+def select(every: Sequence[Task], texts: Sequence[str]) -> list[Task]:
+    """The tasks whose names contain a text, in the order of the texts, behind what they need."""
+    named = [task for text in texts for task in every if text in task.name]
+    needed = {task.after for task in named}
+    return list(dict.fromkeys([*(task for task in every if task.name in needed), *named]))
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--list", action="store_true", help="the commands; run nothing")
@@ -185,10 +210,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
-    every = tasks(os.cpu_count() or 1)
-    chosen = [task for task in every if any(text in task.name for text in asked.only)]
-    needed = {task.after for task in chosen}
-    chosen = [task for task in every if task in chosen or task.name in needed]
+    chosen = select(tasks(os.cpu_count() or 1), asked.only)
     if not chosen:
         raise SystemExit(f"no task contains {' or '.join(asked.only)}; see --list")
     if asked.list:
@@ -197,7 +219,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         raise SystemExit("there is no CUDA device; --list shows what would run on one")
     commands = Commands(asked.output.absolute(), time.monotonic() + asked.seconds)
-    done = share_out(chosen, commands.run, torch.cuda.device_count(), asked.beside)
+    memory = _OF_MEMORY * torch.cuda.get_device_properties(0).total_memory / 2**30
+    done = share_out(chosen, commands.run, torch.cuda.device_count(), asked.beside, memory)
     print(summary(done))
     return 0 if all(d.state == "ok" for d in done) else 1
 

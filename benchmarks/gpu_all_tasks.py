@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gpu_proof_table import TABLE
+from gpu_proof_table import TABLE, Configuration
 
 BACKENDS = ("triton", "fa3", "flashinfer")
 PAIRS = ("prefill=fa3,decode=triton", "prefill=flashinfer,decode=triton")
 WORKLOADS = "256:1024:512,64:512:256,1:512:256,64:2048:1,1:32000:128,16:8000:128"
-_LARGEST = "qwen3-8b"
-_SHAPE = ("--device", "cuda", "--model-config", _LARGEST, "--load-format", "random")
+_SHAPE = ("--device", "cuda", "--model-config", "qwen3-8b", "--load-format", "random")
+_ALL = float("inf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +21,7 @@ class Task:
     command: without the interpreter; ``{folder}`` stands for the folder of the results
     result:  the file there that gets what the command prints, where that is what is kept
     timed:   whether it is a measurement, which shares its GPU with nothing
-    large:   whether it takes more than half of a GPU's memory
+    memory:  of the GPU, GiB; what takes more than there is runs when nothing else does there
     after:   the task that must have ended before, where it was chosen too
     timeout: seconds
     """
@@ -30,7 +30,7 @@ class Task:
     command: tuple[str, ...]
     result: str = ""
     timed: bool = False
-    large: bool = False
+    memory: float = 24
     after: str = ""
     timeout: float = 3000
 
@@ -60,27 +60,26 @@ def _correctness(cores: int) -> Iterator[Task]:
             ),
             after=_needs(backend),
         )
-    pytest = ("-m", "pytest", "-q", "-rs", "-n", str(min(8, max(1, cores // 4))))
-    yield Task("mutants", (*pytest, "tests/plugins/test_mutants.py"))
-    yield Task("GPU tests", (*pytest, "-m", "gpu", "tests"))
-    for backend, model in _configured():
-        large = model == _LARGEST
-        yield Task(
-            f"verify of {model} on {backend}",
-            (
-                *("benchmarks/gpu_proof.py", "--backend", backend, "--only", model),
-                *("--memory", "80" if large else "45", "--timeout", "900"),
-                *("--output", f"{{folder}}/verify-{model}-{_spelt(backend)}.json"),
-            ),
-            large=large,
-            after=_needs(backend),
-        )
+    pytest = ("-m", "pytest", "-q", "-rs")
+    workers = ("-n", str(min(8, max(1, cores // 4))))
+    yield Task("mutants", (*pytest, *workers, "tests/plugins/test_mutants.py"))
+    yield Task("GPU tests", (*pytest, *workers, "-m", "gpu and not whole_gpu", "tests"))
+    yield Task("GPU tests alone", (*pytest, "-m", "whole_gpu", "tests"), memory=_ALL)
+    for configuration in sorted(TABLE, key=lambda c: -c.memory):
+        yield _verify(configuration)
 
 
-def _configured() -> list[tuple[str, str]]:
-    """The backends and models of the table of configurations, the largest model first."""
-    found = dict.fromkeys((c.backend, c.model.name) for c in TABLE)
-    return sorted(found, key=lambda pair: pair[1] != _LARGEST)
+def _verify(configuration: Configuration) -> Task:
+    file = "".join(c if c.isalnum() else "-" for c in configuration.name)
+    return Task(
+        f"verify of {configuration.name}",
+        (
+            *("benchmarks/gpu_proof.py", "--configuration", configuration.name),
+            *("--timeout", "900", "--output", f"{{folder}}/verify-{file}.json"),
+        ),
+        memory=configuration.memory,
+        after=_needs(configuration.backend),
+    )
 
 
 def _speed() -> Iterator[Task]:

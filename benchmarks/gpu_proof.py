@@ -4,6 +4,7 @@
     python benchmarks/gpu_proof.py                       # all, several at a time
     python benchmarks/gpu_proof.py --only qwen3-8b smollm2
     python benchmarks/gpu_proof.py --backend fa3 prefill=fa3,decode=triton
+    python benchmarks/gpu_proof.py --configuration "qwen3-8b page 16 chunk 2048 on fa3"
 
 Each configuration is a process of its own. Those of large models run one after the other, and
 beside them the others, as many at a time as the memory holds.
@@ -196,6 +197,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=list(dict.fromkeys(c.backend for c in TABLE)),
         help="attention backends, or pairs of them; default: all",
     )
+    parser.add_argument("--configuration", metavar="NAME", help="this one alone, by its whole name")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--jobs", type=int, default=4, help="processes at a time")
     parser.add_argument("--memory", type=float, help="GiB for all; default: 0.85 of the GPU's")
@@ -217,11 +219,13 @@ def run(arguments: Sequence[str] | None = None) -> int:
         c
         for c in pool
         if any(text in c.name for text in asked.only)
+        and asked.configuration in (None, c.name)
         and (asked.backend is None or c.backend in asked.backend)
     ]
     if not chosen:
         on = f" on {' or '.join(asked.backend)}" if asked.backend else ""
-        raise SystemExit(f"no configuration{on} contains {' or '.join(asked.only)}; see --list")
+        called = asked.configuration or f"with {' or '.join(asked.only)} in its name"
+        raise SystemExit(f"there is no configuration{on} {called}; see --list")
     if asked.list:
         print("\n".join(f"{c.name}: {c.requests} requests, {c.memory:.0f} GiB" for c in chosen))
         return 0

@@ -169,8 +169,9 @@ def _split_kernel(
 
     first = split_of(begin, NEAR_SPLIT, NEAR_END, SPLIT)
     last = split_of(kv_len - 1, NEAR_SPLIT, NEAR_END, SPLIT) + 1
-    # Program 0 walks the first splits in one go, the others one split at a time.
-    part = tl.program_id(2)
+    # Program 0 walks the first splits in one go, the others one split at a time. The last splits
+    # are the longest, so after program 0 they begin first: what ends last is short.
+    part = (tl.num_programs(2) - tl.program_id(2)) % tl.num_programs(2)
     early = part == 0
     lowest = tl.where(early, first, tl.maximum(first, serial) + part - 1)
     highest = tl.where(early, tl.minimum(serial, last), last)

@@ -39,7 +39,7 @@ def test_every_backend_is_judged_verified_and_timed_under_one_name(script: Modul
     names = [task.name for task in every]
     assert len(set(names)) == len(names)
     for backend in ("triton", "fa3", "flashinfer"):
-        for kind in ("conformance of", "verify of smollm2 on", "throughput of", "turns of"):
+        for kind in ("conformance of", "throughput of", "turns of"):
             assert f"{kind} {backend}" in names
     assert all(task.after in ("", *names[: names.index(task.name)]) for task in every)
     results = [task.result for task in every if task.result]
@@ -62,13 +62,15 @@ def parsed(
 def test_every_command_is_one_that_there_is(script: ModuleType) -> None:
     import gpu_proof
 
+    verified: list[str] = []
     for task in script.tasks(16):
         if task.command[:2] == ("-m", "isobit.cli.main"):
             parsed(main, list(task.command[2:]))
         elif task.command[0] == "benchmarks/gpu_proof.py":
-            gpu_proof.parse(task.command[1:])
+            verified.append(gpu_proof.parse(task.command[1:]).configuration)
         elif task.command[0] != "-m":
             assert (FOLDER.parent / task.command[0]).is_file()
+    assert sorted(verified) == sorted(c.name for c in gpu_proof.TABLE)
     with pytest.raises(click.BadParameter):
         parsed(main, ["bench", "turns", "--turns", "0"])
 
@@ -77,6 +79,31 @@ def test_every_command_is_one_that_there_is(script: ModuleType) -> None:
 def test_what_is_timed_has_the_first_gpu_for_itself(
     script: ModuleType, gpus: int, beside: int
 ) -> None:
+    chosen = [script.Task(f"t{i}", (), timed=i % 3 == 0, memory=40 * (i % 3)) for i in range(18)]
+    for task, gpu, together in shared_out(script, chosen, gpus, beside, memory=100):
+        assert not task.timed or (gpu == 0 and together == [task])
+        assert task.timed or gpus == 1 or gpu > 0
+        assert len(together) <= beside
+        assert sum(other.memory for other in together) <= 100
+
+
+def test_without_a_measurement_every_gpu_is_used(script: ModuleType) -> None:
+    seen = shared_out(script, [script.Task(f"t{i}", ()) for i in range(8)], 2, 2, memory=100)
+    assert {gpu for _, gpu, _ in seen} == {0, 1}
+
+
+def test_what_wants_all_memory_runs_alone(script: ModuleType) -> None:
+    chosen = [script.Task("all", (), memory=float("inf"))]
+    chosen += [script.Task(f"t{i}", ()) for i in range(6)]
+    seen = shared_out(script, chosen, 1, 3, memory=100)
+    assert len(seen) == 7
+    assert all(together == [chosen[0]] for _, _, together in seen if chosen[0] in together)
+
+
+def shared_out(
+    script: ModuleType, chosen: list[Any], gpus: int, beside: int, memory: float
+) -> list[tuple[Any, int, list[Any]]]:
+    """Each task, its GPU, and what ran there as it began."""
     running: list[tuple[Any, int]] = []
     seen, lock = [], Lock()
 
@@ -84,22 +111,14 @@ def test_what_is_timed_has_the_first_gpu_for_itself(
         with lock:
             running.append((task, gpu))
             seen.append((task, gpu, [other for other, where in running if where == gpu]))
-        time.sleep(0.1 if task.large else 0.01)
+        time.sleep(0.02)
         with lock:
             running.remove((task, gpu))
         return script.Done(task, "ok")
 
-    def task(i: int) -> Any:
-        return script.Task(f"t{i}", (), timed=i % 3 == 0, large=i % 3 == 1)
-
-    chosen = [task(i) for i in range(18)]
-    done = script.share_out(chosen, run, gpus, beside)
+    done = script.share_out(chosen, run, gpus, beside, memory)
     assert [d.task for d in done] == chosen
-    for task, gpu, together in seen:
-        assert not task.timed or (gpu == 0 and together == [task])
-        assert task.timed or gpus == 1 or gpu > 0
-        assert len(together) <= beside
-        assert sum(other.large for other in together) <= 1
+    return seen
 
 
 def test_results_logs_and_states(script: ModuleType, tmp_path: Path) -> None:
@@ -148,6 +167,14 @@ def test_nothing_begins_without_time_left(script: ModuleType, tmp_path: Path) ->
     late = python(script, "late", "print(1)")
     commands = script.Commands(tmp_path, time.monotonic() + 1)
     assert commands.run(late, 0).state == "not run"
+
+
+def test_what_is_chosen_is_run_in_the_order_asked_for(script: ModuleType) -> None:
+    a, b = script.Task("a first", ()), script.Task("b", ())
+    c, d = script.Task("c", (), after="b"), script.Task("d first", ())
+    assert script.select([a, b, c, d], ["c", "first"]) == [b, c, a, d]
+    assert script.select([a, b, c, d], [""]) == [b, a, c, d]
+    assert script.select([a, b, c, d], ["none"]) == []
 
 
 def test_a_task_waits_for_the_one_before_it(script: ModuleType, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_refusals(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Non
     pair = "prefill=fa3,decode=triton"
     assert script.run(["--list", "--backend", "fa3", pair]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 12 + 2
-    with pytest.raises(SystemExit, match=f"on {pair} contains smollm2; see --list"):
+    with pytest.raises(SystemExit, match=f"on {pair} with smollm2 in its name; see --list"):
         script.run(["--backend", pair, "--only", "smollm2"])
     with pytest.raises(SystemExit):
         script.run(["--list", "--backend", "fa4"])

@@ -276,6 +276,7 @@ def test_library_kernels_run() -> None:
     assert [len(o.outputs[0].token_ids) for o in outputs] == [5 + i for i in range(20)]
 
 
+@pytest.mark.whole_gpu
 def test_the_cache_takes_its_share_and_the_report_says_so() -> None:
     options = {k: v for k, v in PLAIN.items() if k != "kv_cache_memory"}
     free, total = torch.cuda.mem_get_info()
