@@ -186,8 +186,9 @@ class AttentionBackend(ABC):
 
         The returned plan is passed to every ``run`` of that step and dropped afterwards. It may
         keep the batch's tensors, which stay as they are until the step's last kernel has run. It
-        may copy to the device; a host buffer that such a copy reads must not be written again
-        before the copy is done, because the next step is planned while this one still runs.
+        may copy to the device; a host buffer that such a copy reads must not be written again, nor
+        freed with the backend, before the copy is done: the next step is planned while this one
+        still runs.
         """
 
     def run(

@@ -58,7 +58,6 @@ class UnsplitDecodes:
     def _grown(self, decodes: int) -> _Room:
         """The room of ordinary steps, twice as large as needed where it was too small."""
         if decodes > self._ordinary.most_seqs:
-            self._ordinary.drain()
             self._ordinary = _Room(self._config, 2 * decodes)
         return self._ordinary
 
@@ -94,12 +93,6 @@ class _Room:
         if n not in self._wrappers:
             self._wrappers[n] = self._planned(batch)
         return self._wrappers[n]
-
-    def drain(self) -> None:
-        """Wait until this room may be freed: until the copies of its plans are done."""
-        for wrappers in self._wrappers.values():
-            for wrapper in wrappers.values():
-                wrapper.drain()
 
     def _planned(self, batch: Batch) -> dict[int, Wrapper]:
         """Wrappers on this room's tensors.

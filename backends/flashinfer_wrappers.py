@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Timer
 from typing import Any
 
@@ -24,7 +25,8 @@ class Wrapper:
     """One wrapper of FlashInfer, planned again and again.
 
     Planning writes a host buffer and starts a copy of it, which torch does not know of. The buffer
-    is written again, or freed, only when that copy is done; with steps launched one ahead it is.
+    is written again, or freed with the wrapper, only when that copy is done: freed earlier, the
+    next one who asks for pinned memory would write over it.
 
     :param made: the wrapper, not planned yet
     :param float_workspace: uint8, where the partial results of splits go
@@ -35,6 +37,7 @@ class Wrapper:
         self._made = made
         self._float_workspace = float_workspace
         self._copied = HostCopies(float_workspace.device)
+        weakref.finalize(self, _wait_for, self._copied).atexit = False
         self._int_bytes = 0
         self._reserve(int_bytes)
 
@@ -81,10 +84,6 @@ class Wrapper:
         """
         self._made.run(q, (layer.k, layer.v), out=out, enable_pdl=False)
 
-    def drain(self) -> None:
-        """Wait until the host buffer may be freed."""
-        self._copied.wait()
-
     def _reserve(self, int_bytes: int) -> None:
         if int_bytes > self._int_bytes:
             device = self._float_workspace.device
@@ -108,6 +107,12 @@ class HostCopies:
         """Wait for the marked copies; at once where none was marked."""
         if self._done is not None:
             self._done.synchronize()
+
+
+def _wait_for(copies: HostCopies) -> None:
+    """On a device that is lost nothing is copied any more."""
+    with suppress(RuntimeError):
+        copies.wait()
 
 
 def _event() -> torch.cuda.Event:

@@ -30,8 +30,6 @@ VARIANTS = [
 ]
 """dtype, head_dim and kind of layer; those of the models' shapes first."""
 
-_FILES = 8  # of a module, compiled side by side
-
 
 def modules() -> list[Any]:
     """FlashInfer's recipes: for each variant the prefill's kernel and the decode's."""
@@ -48,7 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     jobs = parser.parse_args().jobs
-    os.environ["MAX_JOBS"] = str(min(jobs, _FILES))  # of one module
+    wanted = [module for module in modules() if not module.is_aot]  # others are ready made
+    files = max(1, jobs // max(1, len(wanted)))
+    os.environ["MAX_JOBS"] = str(files)  # of one module
     began = time.perf_counter()
 
     def build(module: Any) -> None:
@@ -56,8 +56,8 @@ def main() -> None:
         module.build(verbose=False)
         print(f"{module.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
-    with ThreadPoolExecutor(max(1, jobs // _FILES)) as pool:
-        list(pool.map(build, modules()))
+    with ThreadPoolExecutor(max(1, jobs // files)) as pool:
+        list(pool.map(build, wanted))
 
 
 if __name__ == "__main__":

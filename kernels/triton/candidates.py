@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .launch import aligned, hopper
-from .matmul import CANONICAL, FLOAT_TILES, HALF_TILES, SWAPPED_TILES, Tile, matmul
+from .matmul import FLOAT_TILES, HALF_TILES, SWAPPED_TILES, Tile, canonical_tile, matmul
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
 """Row counts that a choice is made for; ``pieces`` says which a batch uses."""
@@ -121,7 +121,7 @@ def canonical(
     x: Tensor, weight: Tensor, out_dtype: torch.dtype, out: Tensor | None = None
 ) -> Tensor:
     """What every candidate must reproduce bit for bit."""
-    return matmul(x, weight, out_dtype, CANONICAL, out)
+    return matmul(x, weight, out_dtype, canonical_tile(x.dtype), out)
 
 
 def candidates(dtype: torch.dtype, bucket: int) -> Sequence[Candidate]:
@@ -134,14 +134,15 @@ def candidates(dtype: torch.dtype, bucket: int) -> Sequence[Candidate]:
     def fitting(tiles: Sequence[Tile]) -> list[Tile]:
         return [t for t in tiles if t.rows <= max(16, bucket)]
 
+    first = canonical_tile(dtype)
     if dtype == torch.float32:
-        return [TileCandidate(tile) for tile in (CANONICAL, *fitting(FLOAT_TILES))]
+        return [TileCandidate(tile) for tile in (first, *fitting(FLOAT_TILES))]
 
     def tall(tiles: Sequence[Tile]) -> list[Tile]:
         return [t for t in fitting(tiles) if t.rows >= min(bucket // 8, _TALL)]
 
     return [
-        *(TileCandidate(tile) for tile in (CANONICAL, *tall(HALF_TILES))),
+        *(TileCandidate(tile) for tile in (first, *tall(HALF_TILES))),
         *(SwappedCandidate(tile) for tile in tall(SWAPPED_TILES)),
         CublasLt(),
     ]

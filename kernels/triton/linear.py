@@ -1,6 +1,6 @@
 """``y = x @ W^T`` on the GPU, each shape by the fastest way that keeps one order.
 
-Contract: ``matmul.py``'s, whatever computes it: K ascending into one fp32 accumulator, never split.
+Contract: ``matmul.py``'s, whatever computes it.
 Which candidate runs is chosen a weight shape and a row-count bucket at a time (``choices.py``).
 """
 

@@ -1,9 +1,13 @@
 """The tiled product ``x @ W^T``.
 
-Contract: one fp32 accumulator per output, from zero, walks K in ascending order; inside one
-tensor-core instruction the hardware's own order holds. K is never split, and what a tile's size is
-changes no bit: the tail of K is filled with zeros. fp32 inputs are multiplied in fp32, not TF32.
-Which operand of a product a tile of W is changes none either.
+Contract (bf16, fp16): one fp32 accumulator per output, from zero, walks K in ascending order;
+inside one tensor-core instruction the hardware's own order holds. K is never split, and what a
+tile's size is changes no bit: the tail of K is filled with zeros. Which operand of a product a tile
+of W is changes none either.
+
+Contract (fp32): that of ``kernels/linear.py``, native. K is cut into blocks of 64; in each, one
+fp32 accumulator from zero takes ``fma(x[t, k], w[n, k], acc)`` for k ascending; the blocks' sums
+are added to a total, ascending, from zero. Nothing is rounded to TF32.
 """
 
 from __future__ import annotations
@@ -39,7 +43,10 @@ class Tile:
 
 
 CANONICAL = Tile(16, 32, 128, 4, 3)
-"""The tile that every other candidate is compared with, and that runs where nothing is tuned."""
+"""The tile that every other candidate for bf16 and fp16 is compared with, and that runs where
+nothing is tuned."""
+
+FLOAT_BLOCK = 64
 
 HALF_TILES = (
     Tile(16, 16, 256, 4, 4),
@@ -66,7 +73,15 @@ SWAPPED_TILES = (
 )
 """For bf16 and fp16 on Hopper."""
 
-FLOAT_TILES = (Tile(16, 32, 64, 4, 3), Tile(32, 64, 32, 4, 3), Tile(64, 64, 32, 8, 2))
+FLOAT_CANONICAL = Tile(16, 32, FLOAT_BLOCK, 4, 3)
+"""The same for fp32."""
+
+FLOAT_TILES = (
+    Tile(16, 64, FLOAT_BLOCK, 4, 3),
+    Tile(32, 64, FLOAT_BLOCK, 4, 2),
+    Tile(64, 64, FLOAT_BLOCK, 8, 2),
+)
+"""For fp32: all are as deep as a block of the contract."""
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -83,6 +98,7 @@ def _matmul(
     WHOLE_K: tl.constexpr,
     WIDEN: tl.constexpr,
     SWAPPED: tl.constexpr,
+    IN_BLOCKS: tl.constexpr,
 ):
     # Programs of the same columns are neighbours, so that W is read from memory once.
     pid = tl.program_id(0)
@@ -109,6 +125,9 @@ def _matmul(
             x, w = x.to(tl.float32), w.to(tl.float32)
         if SWAPPED:
             acc = tl.dot(tl.trans(w), tl.trans(x), acc, input_precision="ieee")
+        elif IN_BLOCKS:
+            # The negated sum is subtracted: of ``acc + tl.dot`` the compiler makes one accumulator.
+            acc -= tl.dot(-x, w, input_precision="ieee")
         else:
             acc = tl.dot(x, w, acc, input_precision="ieee")
         x_at += BLOCK_K
@@ -119,20 +138,27 @@ def _matmul(
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=m_in & n_in)
 
 
+def canonical_tile(dtype: torch.dtype) -> Tile:
+    """The tile whose bits are the contract's, for inputs of ``dtype``."""
+    return FLOAT_CANONICAL if dtype == torch.float32 else CANONICAL
+
+
 def matmul(
     x: Tensor,
     weight: Tensor,
     out_dtype: torch.dtype,
-    tile: Tile = CANONICAL,
+    tile: Tile | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """x ``[M, K]``, weight ``[N, K]``, both aligned (``launch.aligned``) -> ``[M, N]``.
 
+    :param tile: of those for the inputs' dtype; by default the canonical one
     :param out_dtype: the inputs' dtype, or fp32 for the accumulators as they are
     :param out: contiguous, aligned, in ``out_dtype``: where to put it, instead of somewhere new
     """
     rows, depth = x.shape
     columns = weight.shape[0]
+    tile = tile or canonical_tile(x.dtype)
     if out is None:
         out = torch.empty(rows, columns, dtype=out_dtype, device=x.device)
     if rows and columns:
@@ -149,6 +175,7 @@ def matmul(
             WHOLE_K=depth % tile.depth == 0,
             WIDEN=interpreted(),  # it has no bf16 product
             SWAPPED=tile.swapped,
+            IN_BLOCKS=x.dtype == torch.float32,
             num_warps=tile.warps,
             num_stages=tile.stages,
             enable_fp_fusion=True,  # in fp32 every step of a sum is one fma

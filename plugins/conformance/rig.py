@@ -1,7 +1,8 @@
 """Runs a backend as the engine would: pages, slots, batches, plans, graphs.
 
 What the engine leaves undefined is filled with what shows a mistake: unwritten slots and the null
-page hold garbage, ``out`` holds NaN, and rows behind it are watched.
+page hold garbage, ``out`` holds NaN, and rows behind it are watched. A CUDA device is kept busy, so
+that a step is planned, and at the end the backend freed, while the device has not begun the step.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from .values import Rows, all_rows
 
 _SPARE_PAGES = 3
 _GUARD_ROWS = 4
+_CYCLES = 2_000_000  # of the device, about a millisecond: longer than the host takes for a step
 
 Factory = Callable[[AttentionConfig], AttentionBackend]
 
@@ -81,6 +83,7 @@ class _Rig:
 
     def step(self, step: Step) -> list[Tensor]:
         """The last layer's rows, by piece."""
+        _keep_busy(self._device)
         if self._run.graph and all(piece.decode for piece in step):
             out = self._replay(step)
         else:
@@ -156,7 +159,8 @@ class _Rig:
         starts = [sum(query_lens[:i]) for i in range(num_seqs + 1)]
 
         def tensor(data: list[int] | list[list[int]], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(data, dtype=dtype).to(self._device)
+            host = torch.tensor(data, dtype=dtype, pin_memory=self._device.type == "cuda")
+            return host.to(self._device, non_blocking=True)
 
         return Batch(
             token_ids=tensor([0] * len(positions), torch.int64),
@@ -220,6 +224,11 @@ class _Graph:
         self._rig._backend.replay(self._plan, batch)
         self._recorded.replay()
         return self._out[: len(step)].clone()
+
+
+def _keep_busy(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda._sleep(_CYCLES)  # type: ignore[no-untyped-call]
 
 
 def _gather(values: AnySequence[Rows], step: Step) -> Rows:

@@ -6,6 +6,7 @@ What FlashInfer's own kernels give can be shown on a GPU only:
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -230,6 +231,27 @@ def test_no_host_buffer_is_written_while_a_copy_reads_it(
     monkeypatch.setattr(ours.wrappers.HostCopies, "wait", lambda copies: None)
     with pytest.raises(Exception, match="while a copy reads it"):
         steps()
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_host_buffer_is_freed_only_when_its_copy_is_done(ours, deterministic: bool) -> None:
+    backend = make(ours, deterministic=deterministic)
+    backend.plan(decodes(5, 9, prefill=20))
+    assert any(wrapper.copy_under_way for wrapper in ours.made)
+    del backend
+    gc.collect()
+    assert not any(wrapper.copy_under_way for wrapper in ours.made)
+
+
+def test_a_lost_device_is_not_waited_for(ours, monkeypatch, recwarn) -> None:
+    def lost(copies):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    backend = make(ours)
+    monkeypatch.setattr(ours.wrappers.HostCopies, "wait", lost)
+    del backend
+    gc.collect()
+    assert not recwarn.list
 
 
 def test_lifted_graphs_have_wrappers_of_fixed_buffers(ours, log) -> None:

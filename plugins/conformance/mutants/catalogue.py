@@ -11,6 +11,7 @@ from ...discovery import DISTRIBUTION, Candidate
 from ...hookspecs import hookimpl
 
 _PACKAGE = "isobit.plugins.conformance.mutants"
+_ANYWHERE = frozenset({"cpu", "cuda"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,11 @@ def _capabilities(
     head_dims: set[int] | None,
     page_sizes: set[int] | None,
     engine_writes_kv: bool = False,
+    devices: frozenset[str] = _ANYWHERE,
 ) -> Capabilities:
     return Capabilities(
         dtypes=dtypes,
-        devices={"cpu", "cuda"},
+        devices=devices,
         head_dims=head_dims,
         page_sizes=page_sizes,
         features={feature: Supported() for feature in FEATURES},
@@ -64,16 +66,23 @@ def _capabilities(
 
 
 def _mutant(
-    factory: str, *caught_by: str, dtype: str = "float32", engine_writes_kv: bool = False
+    factory: str,
+    *caught_by: str,
+    dtype: str = "float32",
+    engine_writes_kv: bool = False,
+    devices: frozenset[str] = _ANYWHERE,
 ) -> Mutant:
-    """A mutant declares what the right one does, of fewer shapes: it is judged the sooner."""
+    """A mutant declares what the right one does, of fewer shapes: it is judged the sooner.
+
+    :param devices: those on which its fault shows
+    """
     module, _, words = factory.partition(":")
     name = "".join(f"-{c.lower()}" if c.isupper() else c for c in words)
     spec = BackendSpec(
         name=f"mutant{name}",
         api=API_VERSION,
         factory=f"{_PACKAGE}.{module}:{words}",
-        capabilities=_capabilities({dtype}, {8, 12, 16}, {7, 16, 24}, engine_writes_kv),
+        capabilities=_capabilities({dtype}, {8, 12, 16}, {7, 16, 24}, engine_writes_kv, devices),
     )
     return Mutant(spec, caught_by)
 
@@ -128,6 +137,7 @@ MUTANTS: tuple[Mutant, ...] = (
     _mutant("pages:OutAdded", "reference"),
     _mutant("pages:PhysicalOrder", "pages"),
     _mutant("pages:GatheredOnce", "layers"),
+    _mutant("pages:HostBufferReused", "reference", devices=frozenset({"cuda"})),
     _mutant("graphs:CapturedLengths", "graph"),
     _mutant("graphs:CapturedPages", "graph"),
     _mutant("graphs:CapturedGrid", "graph"),

@@ -159,3 +159,23 @@ class GatheredOnce(RightAttention):
         if layer.index == 0:
             self.kept[key] = super().gather(layer, slots)
         return self.kept[key]
+
+
+class HostBufferReused(RightAttention):
+    """Positions are copied from a host buffer that the next plan writes over. Seen where workspaces
+    are pinned once and nobody waits for the copies.
+    """
+
+    MOST_ROWS = 1 << 17
+
+    def __init__(self, config: AttentionConfig) -> None:
+        super().__init__(config)
+        pinned = config.device.type == "cuda"
+        self.host = torch.empty(self.MOST_ROWS, dtype=torch.int64, pin_memory=pinned)
+
+    def positions(self, batch: Batch) -> Tensor:
+        spans = zip(batch.query_lens, batch.kv_lens, strict=True)
+        values = [position for new, kv in spans for position in range(kv - new, kv)]
+        host = self.host[: len(values)]
+        host.copy_(torch.tensor(values))
+        return host.to(self.config.device, non_blocking=True)

@@ -23,7 +23,7 @@ from isobit.kernels.triton.candidates import (
     canonical,
 )
 from isobit.kernels.triton.choices import ChoiceFile, Chooser
-from isobit.kernels.triton.matmul import CANONICAL, SWAPPED_TILES
+from isobit.kernels.triton.matmul import CANONICAL, FLOAT_CANONICAL, SWAPPED_TILES
 from isobit.kernels.triton.trials import (
     Problem,
     Trial,
@@ -61,7 +61,7 @@ class Named(TileCandidate):
     """The canonical tile under another name."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(CANONICAL)
+        super().__init__(FLOAT_CANONICAL)
         self.name = name
 
 

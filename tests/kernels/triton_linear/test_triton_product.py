@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="needs the package triton")
 
 
 from isobit.errors import EngineError
+from isobit.kernels.linear import NativeLinear
 from isobit.kernels.triton import candidates as ways
 from isobit.kernels.triton import linear as linears
 from isobit.kernels.triton.candidates import (
@@ -29,10 +30,13 @@ from isobit.kernels.triton.candidates import (
 from isobit.kernels.triton.linear import TritonLinear
 from isobit.kernels.triton.matmul import (
     CANONICAL,
+    FLOAT_BLOCK,
+    FLOAT_CANONICAL,
     FLOAT_TILES,
     HALF_TILES,
     SWAPPED_TILES,
     Tile,
+    canonical_tile,
     matmul,
 )
 from isobit.kernels.triton.trials import same_bits
@@ -88,6 +92,29 @@ def test_a_split_by_the_batch_is_caught(
     assert not alone_as_in_batches(split_if_few, x)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter rounds each product")
+@pytest.mark.parametrize("depth", [5, 64, 576, 1536, 1601])
+def test_products_in_fp32_have_the_bits_of_the_cpu(
+    rows_of: Make, weight_of: Make, depth: int
+) -> None:
+    weight, x = weight_of(90, depth, torch.float32), rows_of(37, depth, torch.float32)
+    for tile in (FLOAT_CANONICAL, *FLOAT_TILES):
+        result = matmul(x, weight, torch.float32, tile)
+        assert same_bits(result.cpu(), NativeLinear(weight.cpu()).accumulators(x.cpu()))
+
+
+@pytest.mark.parametrize("depth", [64, 65, 600])
+def test_products_in_fp32_are_summed_in_blocks(rows_of: Make, weight_of: Make, depth: int) -> None:
+    weight, x = weight_of(20, depth, torch.float32), rows_of(5, depth, torch.float32)
+    total = torch.zeros(5, 20, device=x.device)
+    for a, b in zip(x.split(FLOAT_BLOCK, 1), weight.split(FLOAT_BLOCK, 1), strict=True):
+        total += canonical(a.contiguous(), b.contiguous(), torch.float32)
+    assert same_bits(canonical(x, weight, torch.float32), total)
+    whole, first = x.double() @ weight.double().t(), matmul(x, weight, torch.float32)
+    assert (first - whole).abs().max() < 1e-4 * whole.abs().max()
+
+
 @pytest.mark.parametrize(
     "tile", [CANONICAL, *HALF_TILES[:6], HALF_TILES[8], *SWAPPED_TILES[:3], *FLOAT_TILES], ids=str
 )
@@ -116,7 +143,7 @@ def test_candidates_are_of_a_buckets_size_and_named_apart(dtype: torch.dtype) ->
         offered = candidates(dtype, bucket)
         names = [candidate.name for candidate in offered]
         assert len(set(names)) == len(names)
-        assert names[0] == str(CANONICAL)
+        assert names[0] == str(canonical_tile(dtype))
         for candidate in offered[1:]:
             rows = bucket if isinstance(candidate, CublasLt) else candidate.tile.rows
             assert rows <= max(16, bucket)
