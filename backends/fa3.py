@@ -32,7 +32,6 @@ def isobit_attention_backends() -> list[BackendSpec]:
             also_requires=LIBRARY,
             install=install_line(),
             self_check=True,
-            unproved="no run of the whole conformance suite on a GPU has proved it yet",
             capabilities=Capabilities(
                 dtypes={"bfloat16", "float16"},
                 devices={"cuda"},

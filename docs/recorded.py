@@ -30,30 +30,29 @@ _NOTHING = "Not recorded yet.\n"
 
 def gpu_throughput() -> str:
     """``isobit bench throughput --compare``: the engine, with the constraints lifted, and what
-    peers took on the same card; and an earlier run that nothing disturbed."""
-    rows, quiet = (_lines(f"h200-qwen3-8b-throughput{ending}.jsonl") for ending in ("", "-quiet"))
+    peers took on the same card."""
+    rows = _lines("h200-qwen3-8b-throughput.jsonl")
     held, lifted = (
         _complete([row for row in rows if row["deterministic"] is deterministic], "throughput")
         for deterministic in (True, False)
     )
-    earlier = _complete(quiet, "throughput-quiet")
     lines = []
     for peer in _peers():
         row = held[peer["workload"]]
-        ours = [_figure(rows[peer["workload"]], peer) for rows in (held, earlier)]
-        fastest = min(time for time in (*ours, *(peer[name] for name in _PEERS)) if time)
+        ours = _figure(row, peer)
+        fastest = min(time for time in (ours, *(peer[name] for name in _PEERS)) if time)
         lines.append(
             (
                 _spelt(peer),
                 peer["unit"],
-                *(_cell(time, bold=time == fastest) for time in ours),
+                _cell(ours, bold=ours == fastest),
                 _cell(_figure(lifted[peer["workload"]], peer)),
                 *(_cell(peer[name], bold=peer[name] == fastest) for name in _PEERS),
                 f"{row['share_of_limit']:.0%}",
                 f"{row['device_idle_share']:.1%}",
             )
         )
-    head = ("requests x input → output", "unit", "Isobit", "Isobit, earlier", "Isobit, lifted")
+    head = ("requests x input → output", "unit", "Isobit", "Isobit, lifted")
     return table((*head, *_PEERS, "of the limit", "device idle"), lines)
 
 

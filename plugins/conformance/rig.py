@@ -26,7 +26,10 @@ from .values import Rows, all_rows
 
 _SPARE_PAGES = 3
 _GUARD_ROWS = 4
-_CYCLES = 2_000_000  # of the device, about a millisecond: longer than the host takes for a step
+_BEFORE_A_STEP = 2_000_000
+"""Cycles that the device is busy, about a millisecond: longer than the host takes for a step."""
+_BEFORE_A_RUN = 20_000_000
+"""Longer than a backend takes to be freed and another to be made."""
 
 Factory = Callable[[AttentionConfig], AttentionBackend]
 
@@ -80,10 +83,11 @@ class _Rig:
         self._caches = [self._cache(layer, num_pages) for layer in range(run.layers)]
         self._graphs: dict[int, _Graph] = {}
         self._capturing = False
+        _keep_busy(self._device, _BEFORE_A_RUN)
 
     def step(self, step: Step) -> list[Tensor]:
         """The last layer's rows, by piece."""
-        _keep_busy(self._device)
+        _keep_busy(self._device, _BEFORE_A_STEP)
         if self._run.graph and all(piece.decode for piece in step):
             out = self._replay(step)
         else:
@@ -226,9 +230,9 @@ class _Graph:
         return self._out[: len(step)].clone()
 
 
-def _keep_busy(device: torch.device) -> None:
+def _keep_busy(device: torch.device, cycles: int) -> None:
     if device.type == "cuda":
-        torch.cuda._sleep(_CYCLES)  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
 
 
 def _gather(values: AnySequence[Rows], step: Step) -> Rows:

@@ -178,4 +178,6 @@ class HostBufferReused(RightAttention):
         values = [position for new, kv in spans for position in range(kv - new, kv)]
         host = self.host[: len(values)]
         host.copy_(torch.tensor(values))
-        return host.to(self.config.device, non_blocking=True)
+        copied = host.to(self.config.device, non_blocking=True)
+        # A position past its sequence would end in an error of the device, not in a wrong number.
+        return torch.minimum(copied, batch.seq_lens[self.owners(batch)] - 1)
