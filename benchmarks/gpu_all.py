@@ -6,16 +6,19 @@
 
 The first GPU is kept for what is timed, one command after the other. Everything else runs on the
 others, some at a time, as their memory allows: before it where there is one GPU only, on all where
-nothing is timed. ``--only`` says the order too. What is to be kept lands in the folder:
-measurements under the names of ``benchmarks/results``, proofs under those of ``docs/proofs``, and
-``verify-*.json`` for ``gpu_proof.py --merge``. Every command's output is in its ``log``. With
-``--seconds`` no command begins when hardly any time is left, and those under way are ended. The
-exit status is 1 if a command failed or was not run.
+nothing is timed. ``--only`` says the order too, of what is timed and of the rest apart.
+
+What is to be kept lands in the folder: measurements under the names of ``benchmarks/results``,
+proofs under those of ``docs/proofs``, and ``verify-*.json`` for ``gpu_proof.py --merge``. Every
+command's output is in its ``log``. With ``--seconds`` no command begins when hardly any time is
+left, and those under way are ended. The exit status is 1 if a command failed or was not run, or
+if two configurations of a model on a backend have other digests.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -29,6 +32,7 @@ from threading import Condition
 
 import torch
 from gpu_all_tasks import Task, tasks
+from gpu_proof import disagreements
 from whole_processes import run_whole
 
 from isobit.cli.columns import columns
@@ -94,7 +98,7 @@ def share_out(
     run: Callable[[Task, int], Done],
     gpus: int,
     beside: int,
-    memory: float = float("inf"),
+    memory: float,
 ) -> list[Done]:
     """Run all: what is timed in turn on the first GPU, others on the other GPUs.
 
@@ -186,6 +190,13 @@ def _cache(task: Task) -> Path:
     return Path.home() / ".cache" / ("isobit" if task.timed else "isobit-beside-other-work")
 
 
+def apart(folder: Path) -> list[str]:
+    """What the configurations of a model on a backend should have in common, and have not."""
+    files = sorted(folder.glob("verify-*.json"))
+    found: list[str] = disagreements(entry for f in files for entry in json.loads(f.read_text()))
+    return found
+
+
 def summary(done: Sequence[Done]) -> str:
     head = ("task", "state", "seconds", "last line")
     return columns([head, *((d.task.name, d.state, f"{d.seconds:.0f}", d.last[:80]) for d in done)])
@@ -201,7 +212,12 @@ def select(every: Sequence[Task], texts: Sequence[str]) -> list[Task]:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--list", action="store_true", help="the commands; run nothing")
-    parser.add_argument("--only", nargs="+", default=[""], help="names that contain one of these")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[""],
+        help="names that contain one of these; what comes first runs first",
+    )
     parser.add_argument("--output", type=Path, default=Path("gpu-results"), help="a folder")
     parser.add_argument("--seconds", type=float, default=10_000, help="for all of it")
     parser.add_argument("--beside", type=int, default=2, help="untimed commands at a time on a GPU")
@@ -210,6 +226,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     asked = parse(arguments)
+    if asked.beside < 1:
+        raise SystemExit(f"--beside was {asked.beside}; wanted 1 or more commands at a time")
     chosen = select(tasks(os.cpu_count() or 1), asked.only)
     if not chosen:
         raise SystemExit(f"no task contains {' or '.join(asked.only)}; see --list")
@@ -221,8 +239,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     commands = Commands(asked.output.absolute(), time.monotonic() + asked.seconds)
     memory = _OF_MEMORY * torch.cuda.get_device_properties(0).total_memory / 2**30
     done = share_out(chosen, commands.run, torch.cuda.device_count(), asked.beside, memory)
-    print(summary(done))
-    return 0 if all(d.state == "ok" for d in done) else 1
+    problems = apart(asked.output)
+    print("\n".join([summary(done), *problems]))
+    return 0 if all(d.state == "ok" for d in done) and not problems else 1
 
 
 if __name__ == "__main__":

@@ -214,7 +214,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         new = [entry for path in asked.merge for entry in json.loads(path.read_text())]
         asked.output.write_text(json.dumps(merged(asked.output, new), indent=1) + "\n")
         return judged(asked.output, new)
-    pool = TABLE if asked.only == [""] else TABLE + TRIAL
+    named = asked.only != [""] or asked.configuration
+    pool = TABLE + TRIAL if named else TABLE
     chosen = [
         c
         for c in pool

@@ -81,6 +81,9 @@ def attend_decode(
     shared = kernel_arguments(q, k_cache, v_cache, scoring, tiling)
     spread = tiling.decode_programs // (num_decodes * num_kv_heads)
     later = min(max(slots - 1, 0), max(spread - 1, 1))
+    # What begins last should be short. Where each later program has one split, the last ones are
+    # the longest; where some have one more, those are the first.
+    backwards = later == slots - 1
     _split_kernel[(num_kv_heads, num_decodes, 1 + later)](
         q,
         k_cache,
@@ -93,6 +96,7 @@ def attend_decode(
         block_table.stride(0),
         slots,
         partials.serial,
+        int(backwards),
         BLOCK_M=max(tiling.decode.rows, padded(num_q_heads // num_kv_heads)),
         num_warps=tiling.decode.warps,
         num_stages=tiling.decode.stages,
@@ -123,7 +127,7 @@ def _first_position(kv_len, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
     return begin
 
 
-@triton.jit(do_not_specialize=["table_stride", "max_slots", "serial"])
+@triton.jit(do_not_specialize=["table_stride", "max_slots", "serial", "backwards"])
 def _split_kernel(
     q,
     k_cache,
@@ -136,6 +140,7 @@ def _split_kernel(
     table_stride,
     max_slots,
     serial,
+    backwards,
     page_stride,
     factor,
     cap_factor,
@@ -169,9 +174,10 @@ def _split_kernel(
 
     first = split_of(begin, NEAR_SPLIT, NEAR_END, SPLIT)
     last = split_of(kv_len - 1, NEAR_SPLIT, NEAR_END, SPLIT) + 1
-    # Program 0 walks the first splits in one go, the others one split at a time. The last splits
-    # are the longest, so after program 0 they begin first: what ends last is short.
-    part = (tl.num_programs(2) - tl.program_id(2)) % tl.num_programs(2)
+    # Program 0 walks the first splits in one go, the others one split at a time.
+    part = tl.program_id(2)
+    if backwards:
+        part = (tl.num_programs(2) - part) % tl.num_programs(2)
     early = part == 0
     lowest = tl.where(early, first, tl.maximum(first, serial) + part - 1)
     highest = tl.where(early, tl.minimum(serial, last), last)

@@ -47,6 +47,10 @@ CANONICAL = Tile(16, 32, 128, 4, 3)
 nothing is tuned."""
 
 FLOAT_BLOCK = 64
+"""The blocks of the fp32 contract; ``K_BLOCK`` in ``kernels/native/common.h`` says the same."""
+
+FLOAT_CANONICAL = Tile(16, 32, FLOAT_BLOCK, 4, 3)
+"""The canonical tile for fp32. All tiles for fp32 are as deep as a block."""
 
 HALF_TILES = (
     Tile(16, 16, 256, 4, 4),
@@ -73,15 +77,12 @@ SWAPPED_TILES = (
 )
 """For bf16 and fp16 on Hopper."""
 
-FLOAT_CANONICAL = Tile(16, 32, FLOAT_BLOCK, 4, 3)
-"""The same for fp32."""
-
 FLOAT_TILES = (
     Tile(16, 64, FLOAT_BLOCK, 4, 3),
     Tile(32, 64, FLOAT_BLOCK, 4, 2),
     Tile(64, 64, FLOAT_BLOCK, 8, 2),
 )
-"""For fp32: all are as deep as a block of the contract."""
+"""For fp32."""
 
 
 @triton.jit(do_not_specialize=["M"])

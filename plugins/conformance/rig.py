@@ -1,8 +1,9 @@
 """Runs a backend as the engine would: pages, slots, batches, plans, graphs.
 
 What the engine leaves undefined is filled with what shows a mistake: unwritten slots and the null
-page hold garbage, ``out`` holds NaN, and rows behind it are watched. A CUDA device is kept busy, so
-that a step is planned, and at the end the backend freed, while the device has not begun the step.
+page hold garbage, ``out`` holds NaN, and rows behind it are watched. A CUDA device is kept busy
+before each step, so that the next is planned, and after the last the backend freed, while the
+device has not begun the step; not where a step is audited, which waits for it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ _SPARE_PAGES = 3
 _GUARD_ROWS = 4
 _BEFORE_A_STEP = 2_000_000
 """Cycles that the device is busy, about a millisecond: longer than the host takes for a step."""
-_BEFORE_A_RUN = 20_000_000
-"""Longer than a backend takes to be freed and another to be made."""
+_BEFORE_THE_LAST = 20_000_000
+"""Longer than it takes to free a backend, to make another and to plan with it."""
 
 Factory = Callable[[AttentionConfig], AttentionBackend]
 
@@ -62,9 +63,11 @@ def execute(
     with torch.inference_mode(), watch:
         rig = _Rig(factory, geometry, sequences, run)
         outputs = Outputs(sequences, geometry)
-        for step in run.steps:
+        for number, step in enumerate(run.steps, 1):
+            rig.keep_busy(_BEFORE_THE_LAST if number == len(run.steps) else _BEFORE_A_STEP)
             for piece, rows in zip(step, rig.step(step), strict=True):
                 outputs.put(piece, rows)
+        rig.forget_graphs()
         return outputs
 
 
@@ -83,11 +86,17 @@ class _Rig:
         self._caches = [self._cache(layer, num_pages) for layer in range(run.layers)]
         self._graphs: dict[int, _Graph] = {}
         self._capturing = False
-        _keep_busy(self._device, _BEFORE_A_RUN)
+
+    def keep_busy(self, cycles: int) -> None:
+        if self._device.type == "cuda":
+            torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
+
+    def forget_graphs(self) -> None:
+        """They refer to the rig: with them the backend would stay until garbage is collected."""
+        self._graphs.clear()
 
     def step(self, step: Step) -> list[Tensor]:
         """The last layer's rows, by piece."""
-        _keep_busy(self._device, _BEFORE_A_STEP)
         if self._run.graph and all(piece.decode for piece in step):
             out = self._replay(step)
         else:
@@ -228,11 +237,6 @@ class _Graph:
         self._rig._backend.replay(self._plan, batch)
         self._recorded.replay()
         return self._out[: len(step)].clone()
-
-
-def _keep_busy(device: torch.device, cycles: int) -> None:
-    if device.type == "cuda":
-        torch.cuda._sleep(cycles)  # type: ignore[no-untyped-call]
 
 
 def _gather(values: AnySequence[Rows], step: Step) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ def python(script: ModuleType, name: str, program: str, **changes: Any) -> Any:
     return script.Task(name, ("-c", program), **changes)
 
 
-def test_every_backend_is_judged_verified_and_timed_under_one_name(script: ModuleType) -> None:
+def test_every_backend_is_judged_and_timed_under_one_name(script: ModuleType) -> None:
     every = script.tasks(16)
     names = [task.name for task in every]
     assert len(set(names)) == len(names)
@@ -169,6 +170,21 @@ def test_nothing_begins_without_time_left(script: ModuleType, tmp_path: Path) ->
     assert commands.run(late, 0).state == "not run"
 
 
+def test_configurations_of_a_model_must_agree(script: ModuleType, tmp_path: Path) -> None:
+    entry = {"model": "m", "backend": "b", "digests": ["1"], "fingerprints": ["f"]}
+    for name, change in (("a", {}), ("b", {}), ("c", {"backend": "other", "digests": ["2"]})):
+        text = json.dumps([entry | {"name": name} | change])
+        (tmp_path / f"verify-{name}.json").write_text(text)
+    assert script.apart(tmp_path) == []
+    (tmp_path / "verify-d.json").write_text(json.dumps([entry | {"name": "d", "digests": ["2"]}]))
+    assert script.apart(tmp_path) == ["m on b has 2 digests: 1 (a), 2 (d)"]
+
+
+def test_nothing_at_a_time_is_refused(script: ModuleType) -> None:
+    with pytest.raises(SystemExit, match="--beside was 0; wanted 1 or more"):
+        script.run(["--beside", "0"])
+
+
 def test_what_is_chosen_is_run_in_the_order_asked_for(script: ModuleType) -> None:
     a, b = script.Task("a first", ()), script.Task("b", ())
     c, d = script.Task("c", (), after="b"), script.Task("d first", ())
@@ -182,5 +198,5 @@ def test_a_task_waits_for_the_one_before_it(script: ModuleType, tmp_path: Path) 
     first = python(script, "first", f"import time; time.sleep(0.5); open({place!r}, 'w')")
     second = python(script, "second", f"open({place!r})", after="first")
     commands = script.Commands(tmp_path, time.monotonic() + 60)
-    done = script.share_out([first, second], commands.run, 1, beside=2)
+    done = script.share_out([first, second], commands.run, 1, beside=2, memory=100)
     assert [d.state for d in done] == ["ok", "ok"]

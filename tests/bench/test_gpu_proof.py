@@ -189,6 +189,13 @@ def test_refusals(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Non
     assert len(capsys.readouterr().out.splitlines()) == 12 + 2
     with pytest.raises(SystemExit, match=f"on {pair} with smollm2 in its name; see --list"):
         script.run(["--backend", pair, "--only", "smollm2"])
+    whole = "qwen3-8b page 16 chunk 2048"  # the beginning of others' names
+    assert script.run(["--list", "--configuration", whole]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [whole]
+    assert script.run(["--list", "--configuration", "tiny-qwen3 page 16 chunk 2048 on torch"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    with pytest.raises(SystemExit, match="no configuration qwen3-8b; see --list"):
+        script.run(["--configuration", "qwen3-8b"])
     with pytest.raises(SystemExit):
         script.run(["--list", "--backend", "fa4"])
     assert "fa4" in capsys.readouterr().err

@@ -7,6 +7,7 @@ the kernel and for FlashInfer's choices, so that another choice gives other bits
 from __future__ import annotations
 
 import sys
+import weakref
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -32,13 +33,21 @@ class Kernel(RightAttention):
 
 
 class FakeWrapper:
-    """What both wrappers share: buffers, a plan with its copy under way, a run."""
+    """What both wrappers share: buffers, a plan with its copy under way, a run.
+
+    freed_early: a list that gets the kind of each that went while a copy read its host buffer
+    """
+
+    def __del__(self) -> None:
+        if self.copy_under_way:
+            self.freed_early.append(type(self).__name__)
 
     def __init__(self, log: list, float_workspace_buffer, kv_layout) -> None:
         assert kv_layout == "NHD"
         assert float_workspace_buffer.dtype == torch.uint8
         self.log, self.device = log, float_workspace_buffer.device
         self.copy_under_way = False
+        self.freed_early: list[str] = []
         self.planned = None
         self.int_bytes = 8 * 2**20
 
@@ -244,11 +253,12 @@ def log() -> list:
 def ours(log, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Our modules, imported afresh over the fake, whose copies end when they are waited for."""
     fake = ModuleType("flashinfer")
-    made = []
+    made, freed_early = [], []
 
     def maker(cls):
         def make(*arguments, **options):
             made.append(cls(log, *arguments, **options))
+            made[-1].freed_early = freed_early
             return made[-1]
 
         return make
@@ -265,13 +275,18 @@ def ours(log, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     wait = modules["wrappers"].HostCopies.wait
 
     class Copies(modules["wrappers"].HostCopies):
+        def __init__(self, device) -> None:
+            super().__init__(device)
+            self.own = weakref.ref(made[-1])
+
         def wait(self) -> None:
             wait(self)
-            for wrapper in made:
-                wrapper.copy_under_way = False
+            self.own().copy_under_way = False
 
     monkeypatch.setattr(modules["wrappers"], "HostCopies", Copies)
-    yield SimpleNamespace(**modules, backend=attention.FlashInferAttention, made=made)
+    yield SimpleNamespace(
+        **modules, backend=attention.FlashInferAttention, made=made, freed_early=freed_early
+    )
     for name in names:
         sys.modules.pop(name, None)
 

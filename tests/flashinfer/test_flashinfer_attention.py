@@ -7,6 +7,7 @@ What FlashInfer's own kernels give can be shown on a GPU only:
 from __future__ import annotations
 
 import gc
+import sys
 from dataclasses import replace
 
 import pytest
@@ -234,24 +235,39 @@ def test_no_host_buffer_is_written_while_a_copy_reads_it(
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_a_host_buffer_is_freed_only_when_its_copy_is_done(ours, deterministic: bool) -> None:
-    backend = make(ours, deterministic=deterministic)
-    backend.plan(decodes(5, 9, prefill=20))
-    assert any(wrapper.copy_under_way for wrapper in ours.made)
-    del backend
-    gc.collect()
-    assert not any(wrapper.copy_under_way for wrapper in ours.made)
+def test_a_host_buffer_is_freed_only_when_its_copy_is_done(
+    ours, monkeypatch, deterministic: bool
+) -> None:
+    monkeypatch.setattr(ours.decode, "_ORDINARY_SEQS", 1)
+
+    def freed_early() -> list[str]:
+        backend = make(ours, deterministic=deterministic)
+        backend.plan(decodes(5, 9, prefill=20))
+        backend.plan(decodes(*range(1, 40)))  # what ordinary steps use is outgrown
+        ours.made.clear()  # now the backend alone holds them
+        del backend
+        gc.collect()
+        return ours.freed_early
+
+    assert freed_early() == []
+    monkeypatch.setattr(ours.wrappers, "_wait_for", lambda copies: None)
+    assert {DECODE, PREFILL} <= set(freed_early())
 
 
-def test_a_lost_device_is_not_waited_for(ours, monkeypatch, recwarn) -> None:
+def test_a_lost_device_is_not_waited_for(ours, monkeypatch) -> None:
+    asked, unraisable = [], []
+
     def lost(copies):
+        asked.append(copies)
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
+    monkeypatch.setattr(sys, "unraisablehook", unraisable.append)
     backend = make(ours)
     monkeypatch.setattr(ours.wrappers.HostCopies, "wait", lost)
     del backend
     gc.collect()
-    assert not recwarn.list
+    assert len(asked) == len(ours.made)
+    assert not unraisable
 
 
 def test_lifted_graphs_have_wrappers_of_fixed_buffers(ours, log) -> None:

@@ -162,8 +162,8 @@ class GatheredOnce(RightAttention):
 
 
 class HostBufferReused(RightAttention):
-    """Positions are copied from a host buffer that the next plan writes over. Seen where workspaces
-    are pinned once and nobody waits for the copies.
+    """Positions are copied from a host buffer that the next plan writes over. Seen where a
+    workspace is pinned once and nobody waits for the copies, on CUDA alone.
     """
 
     MOST_ROWS = 1 << 17

@@ -23,7 +23,7 @@ from isobit.kernels.triton.candidates import (
     canonical,
 )
 from isobit.kernels.triton.choices import ChoiceFile, Chooser
-from isobit.kernels.triton.matmul import CANONICAL, FLOAT_CANONICAL, SWAPPED_TILES
+from isobit.kernels.triton.matmul import CANONICAL, SWAPPED_TILES
 from isobit.kernels.triton.trials import (
     Problem,
     Trial,
@@ -61,8 +61,13 @@ class Named(TileCandidate):
     """The canonical tile under another name."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(FLOAT_CANONICAL)
+        super().__init__(CANONICAL)
         self.name = name
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, out_dtype: torch.dtype, bucket: int, out: Tensor | None
+    ) -> Tensor:
+        return canonical(x, weight, out_dtype, out)
 
 
 PROBLEM = Problem(40, 300, torch.float32, torch.float32, 4)

@@ -99,9 +99,12 @@ def test_products_in_fp32_have_the_bits_of_the_cpu(
     rows_of: Make, weight_of: Make, depth: int
 ) -> None:
     weight, x = weight_of(90, depth, torch.float32), rows_of(37, depth, torch.float32)
+    expected = NativeLinear(weight.cpu()).accumulators(x.cpu())
     for tile in (FLOAT_CANONICAL, *FLOAT_TILES):
-        result = matmul(x, weight, torch.float32, tile)
-        assert same_bits(result.cpu(), NativeLinear(weight.cpu()).accumulators(x.cpu()))
+        assert tile.depth == FLOAT_BLOCK
+        assert same_bits(matmul(x, weight, torch.float32, tile).cpu(), expected)
+    other_blocks = matmul(x, weight, torch.float32, CANONICAL).cpu()
+    assert same_bits(other_blocks, expected) == (depth <= FLOAT_BLOCK)
 
 
 @pytest.mark.parametrize("depth", [64, 65, 600])
