@@ -176,7 +176,7 @@ def _split_kernel(
     last = split_of(kv_len - 1, NEAR_SPLIT, NEAR_END, SPLIT) + 1
     # Program 0 walks the first splits in one go, the others one split at a time.
     part = tl.program_id(2)
-    if backwards:
+    if backwards != 0:
         part = (tl.num_programs(2) - part) % tl.num_programs(2)
     early = part == 0
     lowest = tl.where(early, first, tl.maximum(first, serial) + part - 1)
