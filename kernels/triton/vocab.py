@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .elementary import NO_FMA
+
 BLOCK = 2048
 """Tokens of a program."""
 
@@ -40,7 +42,7 @@ def block_maxima(x: Tensor) -> Tensor:
     rows, vocab = x.shape
     out = x.new_empty(rows, sizes(vocab)["WIDTH"])
     if x.numel():
-        _maxima[grid(rows, vocab)](x, out, num_warps=4, **sizes(vocab))
+        _maxima[grid(rows, vocab)](x, out, num_warps=4, **sizes(vocab), **NO_FMA)
     return out
 
 
