@@ -13,8 +13,8 @@ def isobit_attention_backends() -> list[BackendSpec]:
             name="triton",
             api=1,
             factory="isobit.backends.triton_attention:TritonAttention",
-            requires=("triton>=3.4",),
-            install="pip install 'triton>=3.4'",
+            requires=("triton>=3.5",),
+            install="pip install 'triton>=3.5'",
             capabilities=Capabilities(
                 dtypes={"float32", "bfloat16", "float16"},
                 devices={"cuda"},

@@ -16,7 +16,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor
 
-OLDEST_TRITON = "3.4"
+OLDEST_TRITON = "3.5"
 OLDEST_GPU = (8, 0)
 """Compute capability."""
 
