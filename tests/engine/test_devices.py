@@ -140,12 +140,12 @@ def test_triton_kernels_want_what_the_backend_wants(monkeypatch: pytest.MonkeyPa
     assert spec.requires == (f"triton>={launch.OLDEST_TRITON}",)
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(launch.metadata, "version", lambda name: "3.4.0")
+    monkeypatch.setattr(launch.metadata, "version", lambda name: "3.5.0")
     for capability, reason in (((8, 0), None), ((7, 5), "capability 7.5, and at least 8.0 is")):
         pretend_gpu(monkeypatch, capability, [])
         assert (reason or "None") in str(launch.unavailable_reason(cuda))
-    monkeypatch.setattr(launch.metadata, "version", lambda name: "3.3.1")
-    assert "at least 3.4 is wanted; run: pip install" in str(launch.unavailable_reason(cuda))
+    monkeypatch.setattr(launch.metadata, "version", lambda name: "3.4.0")
+    assert "at least 3.5 is wanted; run: pip install" in str(launch.unavailable_reason(cuda))
 
 
 @pytest.mark.parametrize(
