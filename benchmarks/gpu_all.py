@@ -23,15 +23,14 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Condition
 
 import torch
 from gpu_all_tasks import Task, tasks
+from gpu_lanes import share_out
 from gpu_proof import disagreements
 from whole_processes import run_whole
 
@@ -52,80 +51,6 @@ class Done:
     state: str
     seconds: float = 0.0
     last: str = ""
-
-
-class Board:
-    """Tasks that are to be done; several threads take them.
-
-    :param memory: of one GPU, GiB
-    """
-
-    def __init__(self, chosen: Sequence[Task], memory: float) -> None:
-        self._left = list(chosen)
-        self._unfinished = {task.name for task in chosen}
-        self._running: list[tuple[Task, int]] = []
-        self._memory = memory
-        self._changed = Condition()
-
-    def take(self, gpu: int, *, timed: bool) -> Task | None:
-        """The next task for a GPU, waited for where others must end before; None at the end."""
-        with self._changed:
-            while any(task.timed is timed for task in self._left):
-                task = next((t for t in self._left if self._fits(t, gpu, timed)), None)
-                if task is not None:
-                    self._left.remove(task)
-                    self._running.append((task, gpu))
-                    return task
-                self._changed.wait()
-            return None
-
-    def ended(self, task: Task, gpu: int) -> None:
-        """What waited for the task, or for its GPU's memory, may begin."""
-        with self._changed:
-            self._unfinished.remove(task.name)
-            self._running.remove((task, gpu))
-            self._changed.notify_all()
-
-    def _fits(self, task: Task, gpu: int, timed: bool) -> bool:
-        if task.timed is not timed or task.after in self._unfinished:
-            return False
-        beside = [other.memory for other, where in self._running if where == gpu]
-        return not beside or sum(beside) + task.memory <= self._memory
-
-
-def share_out(
-    chosen: Sequence[Task],
-    run: Callable[[Task, int], Done],
-    gpus: int,
-    beside: int,
-    memory: float,
-) -> list[Done]:
-    """Run all: what is timed in turn on the first GPU, others on the other GPUs.
-
-    :param beside: how many others at a time on a GPU
-    :param memory: of one GPU, GiB
-    """
-    board = Board(chosen, memory)
-
-    def work(gpu: int, timed: bool) -> list[Done]:
-        done = []
-        while (task := board.take(gpu, timed=timed)) is not None:
-            try:
-                done.append(run(task, gpu))
-            finally:
-                board.ended(task, gpu)
-        return done
-
-    kept = gpus > 1 and any(task.timed for task in chosen)
-    others = [gpu for gpu in range(int(kept), gpus) for _ in range(beside)]
-    with ThreadPoolExecutor(len(others) + 1) as pool:
-        lanes = [pool.submit(work, gpu, False) for gpu in others]
-        if gpus == 1:
-            for lane in lanes:
-                lane.result()
-        lanes.append(pool.submit(work, 0, True))
-        found = [done for lane in lanes for done in lane.result()]
-    return sorted(found, key=lambda done: chosen.index(done.task))
 
 
 class Commands:

@@ -20,10 +20,10 @@ class Task:
 
     command: without the interpreter; ``{folder}`` stands for the folder of the results
     result:  the file there that gets what the command prints, where that is what is kept
-    timed:   whether it is a measurement, which shares its GPU with nothing
-    memory:  of the GPU, GiB; what takes more than there is runs when nothing else does there
-    after:   the task that must have ended before, where it was chosen too
+    timed:   whether it is a measurement
     timeout: seconds
+
+    The rest is of ``gpu_lanes.Work``.
     """
 
     name: str

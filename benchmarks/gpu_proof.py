@@ -6,8 +6,8 @@
     python benchmarks/gpu_proof.py --backend fa3 prefill=fa3,decode=triton
     python benchmarks/gpu_proof.py --configuration "qwen3-8b page 16 chunk 2048 on fa3"
 
-Each configuration is a process of its own. Those of large models run one after the other, and
-beside them the others, as many at a time as the memory holds.
+Each configuration is a process of its own: as many at a time as the memory holds, the largest
+first.
 
 All of one model run the same requests, so all on one backend must give one digest: bits that
 followed the page size, the chunks, the graphs or the number of neighbours would show even where
@@ -31,7 +31,7 @@ from threading import Lock
 from typing import Any
 
 import torch
-from gpu_proof_lanes import side_by_side
+from gpu_lanes import share_out
 from gpu_proof_table import TABLE, TRIAL, Configuration
 from whole_processes import run_whole
 
@@ -214,6 +214,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         new = [entry for path in asked.merge for entry in json.loads(path.read_text())]
         asked.output.write_text(json.dumps(merged(asked.output, new), indent=1) + "\n")
         return judged(asked.output, new)
+    if asked.jobs < 1:
+        raise SystemExit(f"--jobs was {asked.jobs}; wanted 1 or more processes at a time")
     named = asked.only != [""] or asked.configuration
     pool = TABLE + TRIAL if named else TABLE
     chosen = [
@@ -239,7 +241,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     )
     commit, writing = asked.commit or _commit(), Lock()
 
-    def one(configuration: Configuration) -> dict[str, Any]:
+    def one(configuration: Configuration, gpu: int) -> dict[str, Any]:
         entry = prove(configuration, asked.device, asked.timeout, commit)
         with writing:  # as soon as it is known: the whole may be cut short
             asked.output.write_text(json.dumps(merged(asked.output, [entry]), indent=1) + "\n")
@@ -247,7 +249,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         print(f"{configuration.name}: {entry['seconds']} s, {state}", flush=True)
         return entry
 
-    return judged(asked.output, side_by_side(chosen, one, memory, asked.jobs))
+    chosen.sort(key=lambda configuration: -configuration.memory)
+    return judged(asked.output, share_out(chosen, one, 1, asked.jobs, memory))
 
 
 def judged(path: Path, new: Sequence[dict[str, Any]]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,10 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """One ``isobit verify``; ``kv`` is its KV cache in GiB."""
+    """One ``isobit verify``, a piece of ``gpu_lanes.Work``; ``kv`` is its KV cache in GiB."""
+
+    timed: ClassVar[bool] = False
+    after: ClassVar[str] = ""
 
     model: Model
     page_size: int

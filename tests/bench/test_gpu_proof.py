@@ -136,7 +136,7 @@ def test_large_ones_run_in_turn_and_memory_is_not_exceeded(
     seen: list[list[float]] = []
     lock = Lock()
 
-    def work(configuration: Any) -> dict[str, Any]:
+    def work(configuration: Any, gpu: int) -> dict[str, Any]:
         with lock:
             running[configuration.name] = configuration.memory
             seen.append(list(running.values()))
@@ -145,15 +145,15 @@ def test_large_ones_run_in_turn_and_memory_is_not_exceeded(
             del running[configuration.name]
         return {"name": configuration.name}
 
-    found = script.side_by_side(script.TABLE, work, 131.0, 4)
+    found = script.share_out(script.TABLE, work, 1, 4, 131.0)
     assert sorted(e["name"] for e in found) == sorted(c.name for c in script.TABLE)
     assert max(map(sum, seen)) <= 131
     assert max(map(len, seen)) > 1
-    lanes = sys.modules["gpu_proof_lanes"]
-    assert all(sum(memory > lanes.LARGE for memory in held) <= 1 for held in seen)
+    assert all(sum(memory > 50 for memory in held) <= 1 for held in seen)
     seen.clear()
-    monkeypatch.setattr(lanes.Room, "take", lambda self, amount: None)  # the negative control
-    script.side_by_side(script.TABLE, work, 90.0, 4)
+    board = sys.modules["gpu_lanes"].Board
+    monkeypatch.setattr(board, "_fits", lambda *arguments: True)  # the negative control
+    script.share_out(script.TABLE, work, 1, 4, 90.0)
     assert max(map(sum, seen)) > 90
 
 
@@ -194,6 +194,8 @@ def test_refusals(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> Non
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [whole]
     assert script.run(["--list", "--configuration", "tiny-qwen3 page 16 chunk 2048 on torch"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 1
+    with pytest.raises(SystemExit, match="--jobs was 0; wanted 1 or more"):
+        script.run(["--jobs", "0"])
     with pytest.raises(SystemExit, match="no configuration qwen3-8b; see --list"):
         script.run(["--configuration", "qwen3-8b"])
     with pytest.raises(SystemExit):
