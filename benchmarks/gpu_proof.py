@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from gpu_lanes import share_out
 from gpu_proof_table import TABLE, TRIAL, Configuration
-from whole_processes import run_whole
+from whole_processes import end_on_request, run_whole
 
 from isobit.backends.capabilities import Capabilities, Unsupported
 from isobit.cli.columns import columns
@@ -263,4 +263,5 @@ def judged(path: Path, new: Sequence[dict[str, Any]]) -> int:
 
 
 if __name__ == "__main__":
+    end_on_request()
     sys.exit(run())

@@ -155,6 +155,29 @@ def test_what_takes_too_long_ends_with_all_that_it_started(
     assert not (tmp_path / "alive").exists()
 
 
+@pytest.mark.parametrize("told", [True, False])
+def test_what_is_cut_off_ends_what_it_has_cut_off_itself(
+    script: ModuleType, tmp_path: Path, told: bool
+) -> None:
+    """As ``gpu_proof.py`` runs ``verify`` in a session below; untold it would go on."""
+    alive = tmp_path / "alive"
+    deepest = f"import time; time.sleep(3); open({str(alive)!r}, 'w')"
+    program = f"""
+import sys
+sys.path.insert(0, {str(FOLDER)!r})
+from whole_processes import end_on_request, run_whole
+if {told}:
+    end_on_request()
+run_whole([sys.executable, "-c", {deepest!r}], 60)
+"""
+    slow = python(script, "slow", program, timeout=1.5)
+    commands = script.Commands(tmp_path, time.monotonic() + 60)
+    began = time.monotonic()
+    assert commands.run(slow, 0).state == "cut off"
+    time.sleep(max(0.0, 4.5 - (time.monotonic() - began)))
+    assert alive.exists() is not told
+
+
 def test_a_gpu_is_one_of_those_that_may_be_used(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
