@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from safetensors.torch import save_file
 
 from isobit import LLM, SamplingParams
+from isobit.backends.matrix import Resolved
+from isobit.core import startup
 from isobit.core.engine import Engine
 from isobit.core.outputs import RequestOutput
 from isobit.models.config import load_config
@@ -287,6 +290,19 @@ def smollm2() -> Iterator[LLM]:
     """The real model, in fp32."""
     with LLM("smollm2", max_model_len=4096) as llm:
         yield llm
+
+
+@pytest.fixture
+def graphs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs are on in what start-up selects, which no backend has on the CPU."""
+    select = startup.choose_backend
+
+    def selected(*args: Any) -> Any:
+        selection, dtype = select(*args)
+        features = selection.features | {"cuda_graph": Resolved(True, "asked for")}
+        return replace(selection, features=features), dtype
+
+    monkeypatch.setattr(startup, "choose_backend", selected)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from isobit import LLM
 from isobit.backends import triton
 from isobit.backends.capabilities import Requirements
-from isobit.backends.matrix import Resolved
 from isobit.backends.rules import refusals
 from isobit.core import startup
 from isobit.core.config import EngineConfig
@@ -205,6 +203,7 @@ def test_a_shortage_at_start_up_says_what_to_lower(phase: str, remedy: str) -> N
         raise torch.OutOfMemoryError(SHORTAGE)
 
 
+@pytest.mark.usefixtures("graphs_on")
 @pytest.mark.parametrize(
     ("function", "phase"),
     [
@@ -222,21 +221,8 @@ def test_every_phase_of_a_start_is_watched(
         raise torch.OutOfMemoryError(SHORTAGE)
 
     monkeypatch.setattr(startup, function, fail)
-    if function == "DecodeGraphs":
-        monkeypatch.setattr(startup, "choose_backend", with_graphs(startup.choose_backend))
     with pytest.raises(ConfigError, match=f"phase '{phase}'"):
         LLM("tiny-qwen3", load_format="random", device="cpu")
-
-
-def with_graphs(select: Callable[..., Any]) -> Callable[..., Any]:
-    """A selection with CUDA graphs on, which no backend has on the CPU."""
-
-    def selected(*args: Any) -> Any:
-        selection, dtype = select(*args)
-        features = selection.features | {"cuda_graph": Resolved(True, "asked for")}
-        return replace(selection, features=features), dtype
-
-    return selected
 
 
 def test_the_report_has_the_seconds_of_every_phase(small_folder: Path) -> None:

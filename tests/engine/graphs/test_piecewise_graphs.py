@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,9 +12,7 @@ import torch
 
 from isobit import SamplingParams
 from isobit.backends.base import Batch
-from isobit.backends.matrix import Resolved
 from isobit.backends.recording import recording
-from isobit.core import startup
 from isobit.core.config import EngineConfig
 from isobit.core.engine import Engine
 from isobit.core.graphs import DecodeGraphs
@@ -225,14 +223,11 @@ def test_only_small_models_are_captured_unless_asked_for() -> None:
         tokens(1, cuda_graph_max_tokens=-1)
 
 
+@pytest.mark.usefixtures("graphs_on")
 @pytest.mark.parametrize(("most", "sizes"), [(0, None), (20, (16, 20))])
 def test_start_up_captures_and_reports(
-    monkeypatch: pytest.MonkeyPatch,
-    config_of: Callable[..., EngineConfig],
-    most: int,
-    sizes: tuple[int, ...] | None,
+    config_of: Callable[..., EngineConfig], most: int, sizes: tuple[int, ...] | None
 ) -> None:
-    monkeypatch.setattr(startup, "choose_backend", selecting_graphs(startup.choose_backend))
     config = config_of("mutant-none", cuda_graph_max_bs=1, cuda_graph_max_tokens=most)
     engine, report = start_engine(config, PluginHost(candidates=candidates()))
     pieces = engine.runner.pieces
@@ -246,14 +241,3 @@ def test_start_up_captures_and_reports(
         assert row[2].startswith("steps with a prefill of up to 20 tokens")
     else:
         assert row is None
-
-
-def selecting_graphs(select: Callable[..., Any]) -> Callable[..., Any]:
-    """A selection with CUDA graphs on, which no backend has on the CPU."""
-
-    def selected(*args: Any) -> Any:
-        selection, dtype = select(*args)
-        features = selection.features | {"cuda_graph": Resolved(True, "asked for")}
-        return replace(selection, features=features), dtype
-
-    return selected
